@@ -1,0 +1,306 @@
+"""The verbs: free functions whose first argument is the model."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import nn
+
+from peftkit import also_train, ledger, merging, storage
+from peftkit.ledger import Attachment, Ledger
+from peftkit.method import Adapter, Config
+from peftkit.report import Report, report
+from peftkit.sites import Site
+from peftkit.targets import TargetError, select
+from peftkit.hosts import linear_like
+
+
+def inject(model: nn.Module, config: Config, *, name: str = "default") -> Report:
+    """Attach an adapter in place, freeze the base, and make the adapter the active one.
+
+    Args:
+        model: any module; it keeps its class, parameters and names.
+        config: the method and its settings.
+        name: letters, digits, `_` and `-`; several adapters can be attached under different names.
+
+    Raises:
+        TargetError: a pattern that matches nothing, or a module that cannot be adapted.
+        ValueError: the name is taken, adapters are merged, a setting that does not fit a site.
+    """
+    record, everything = ledger.for_attaching(model, name)
+    if not isinstance(config, Config):
+        raise TypeError(f"config: one of peftkit's configs, such as LoRAConfig(r=8), not {config!r}")
+    sites = select(
+        model,
+        everything,
+        config.targets,
+        exclude=config.exclude,
+        layers=config.layers,
+        refuses=config.refuses,
+        linear_like=linear_like,
+        default=config.default_targets,
+    )
+    also = also_train.wanted(config.also_train, everything)
+    attachment = _build(name, config, sites, also, everything, trainable=True, new=True)
+    record.attach(model, everything, attachment)
+    return report(model, record, [name])
+
+
+def _build(
+    name: str,
+    config: Config,
+    sites: Sequence[Site],
+    also: dict[Site, Sequence[int] | None],
+    everything: Sequence[Site],
+    *,
+    trainable: bool,
+    new: bool,
+) -> Attachment:
+    """Adapters for all sites, hung nowhere yet."""
+    _check_apart(sites, also)
+    ledger.check_graftable([*sites, *also])
+    plan = config.prepare(sites)
+    for site in sites if new else ():
+        config.check(site, plan)
+    adapters: dict[str, Adapter] = {}
+    where: dict[str, Site] = {}
+    for site in sites:
+        adapters[site.name] = config.build(site, plan)
+        where[site.name] = site
+    for site, adapter in also_train.build(also, everything).items():
+        adapters[site.name], where[site.name] = adapter, site
+    for adapter in adapters.values():
+        if new or adapter.starts_from_base:
+            adapter.reset_parameters()
+    return Attachment(name, config, adapters, where, trainable)
+
+
+def _check_apart(sites: Sequence[Site], also: dict[Site, Sequence[int] | None]) -> None:
+    inside = {id(m): s.name for s in also for m in s.module.modules()}
+    for site in sites:
+        if id(site.module) in inside:
+            raise TargetError(
+                f"{site.name!r} is a target and lies in {inside[id(site.module)]!r} of also_train, which is trained whole; "
+                f"exclude={site.name!r}, or leave it out of also_train"
+            )
+
+
+def eject(model: nn.Module, *names: str) -> None:
+    """Take off the named adapters, or all; with none left the model is as it came.
+
+    Raises:
+        KeyError: no such adapter. ValueError: nothing is attached, or an adapter is merged.
+    """
+    root, record = ledger.require(model)
+    leaving = record.named(names or tuple(record.attachments))
+    merged = [a.name for a in leaving if a.name in record.merged]
+    if merged:
+        raise ValueError(
+            f"{', '.join(map(repr, merged))} is merged; unmerge(model) first, or end with merge(model, keep_base=False) "
+            "to keep the merged weights"
+        )
+    for attachment in leaving:
+        record.detach(root, attachment)
+
+
+def adapters(model: nn.Module) -> dict[str, Config]:
+    """What is attached: the config of each name, in the order of attaching."""
+    found = ledger.find(model)
+    return {name: a.config for name, a in found[1].attachments.items()} if found else {}
+
+
+def active(model: nn.Module) -> tuple[str, ...]:
+    """The names that act in this thread."""
+    found = ledger.find(model)
+    return found[1].switch.acting() if found else ()
+
+
+def activate(model: nn.Module, *names: str) -> None:
+    """These act from now on, summed; without a name, none does. Only what acts is trained.
+
+    Raises:
+        KeyError: no such adapter. ValueError: a merged adapter would stop to act, or two would replace one module.
+    """
+    _, record = ledger.require(model)
+    record.activate(_checked(record, names))
+
+
+@contextlib.contextmanager
+def using(model: nn.Module, *names: str) -> Iterator[None]:
+    """These act within the block, in this thread alone; may be nested.
+
+    Raises:
+        As `activate`.
+    """
+    _, record = ledger.require(model)
+    names = _checked(record, names)
+    local = record.switch.local
+    before, local.names = local.names, names
+    try:
+        yield
+    finally:
+        local.names = before
+
+
+@contextlib.contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """No adapter acts within the block, in this thread alone.
+
+    Raises:
+        ValueError: an adapter is merged, so the base alone is not there to compute with.
+    """
+    with using(model):
+        yield
+
+
+def _checked(record: Ledger, names: tuple[str, ...]) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(names))
+    attachments = record.named(names)
+    missing = [n for n in record.merged if n not in names]
+    if missing:
+        raise ValueError(f"{', '.join(map(repr, missing))} is merged and cannot stop to act; unmerge(model) first")
+    taken: dict[str, str] = {}
+    for a in attachments if len(attachments) > 1 else ():
+        for site, adapter in a.adapters.items():
+            if adapter.replaces and taken.setdefault(site, a.name) != a.name:
+                raise ValueError(f"{taken[site]!r} and {a.name!r} both train {site!r} whole, so they cannot act together")
+    return names
+
+
+def merge(model: nn.Module, *names: str, keep_base: bool = True) -> None:
+    """Fold the active adapters, or those named of them, into the base weights.
+
+    With `keep_base` a copy of the weights is kept for `unmerge`; without, the adapters are gone afterwards.
+
+    Raises:
+        NotMergeable: with the reason; nothing was changed.
+        ValueError: a name that is not active, or is merged already; nothing to merge.
+    """
+    root, record = ledger.require(model)
+    chosen = record.named(names or record.switch.names)
+    if not chosen:
+        raise ValueError("no adapter is active, so there is nothing to merge; activate one first")
+    for attachment in chosen:
+        if attachment.name in record.merged:
+            raise ValueError(f"{attachment.name!r} is merged already")
+        if attachment.name not in record.switch.names:
+            raise ValueError(f"{attachment.name!r} is not active, so merging it would change the output; activate it first")
+    if record.merged and not keep_base:
+        raise ValueError(f"{', '.join(map(repr, record.merged))} is merged with its base kept; unmerge(model) first")
+    merging.merge(root, record, chosen, keep=keep_base)
+
+
+def unmerge(model: nn.Module) -> None:
+    """Give the base weights back their bits; the adapters act beside them again.
+
+    Raises:
+        ValueError: nothing is merged.
+    """
+    _, record = ledger.require(model)
+    if not record.merged:
+        raise ValueError("no adapter is merged, so there is nothing to unmerge")
+    merging.unmerge(record)
+
+
+def reset(model: nn.Module, *names: str) -> None:
+    """Draw the initial values of the named adapters, or all, anew; also puts adapters that were attached on the meta
+    device where their hosts have got to.
+
+    Raises:
+        KeyError: no such adapter. ValueError: an adapter is merged.
+    """
+    _, record = ledger.require(model)
+    for attachment in record.named(names or tuple(record.attachments)):
+        if attachment.name in record.merged:
+            raise ValueError(f"{attachment.name!r} is merged; unmerge(model) before changing it")
+        for adapter in attachment.adapters.values():
+            adapter.reset_parameters()
+
+
+def describe(model: nn.Module) -> Report:
+    """What is attached where, how many parameters and bytes it has, and how it is computed."""
+    found = ledger.find(model)
+    return report(found[0] if found else model, found[1] if found else None)
+
+
+def parameters(model: nn.Module, *names: str) -> list[nn.Parameter]:
+    """The parameters of the named adapters, or the active ones, that are trained.
+
+    Raises:
+        KeyError: no such adapter. ValueError: none is trained, so an optimizer would have nothing to do.
+    """
+    _, record = ledger.require(model)
+    names = names or record.switch.names
+    found = [p for a in record.named(names) for p in a.parameters() if p.requires_grad]
+    if not found:
+        raise ValueError(
+            f"no parameter of {', '.join(map(repr, names)) or 'any adapter'} is trained: it is merged, inactive, or was "
+            "loaded without trainable=True"
+        )
+    return list(dict.fromkeys(found))
+
+
+def param_groups(
+    model: nn.Module, *names: str, lr: float, ratio: float = 1.0, weight_decay: float = 0.0
+) -> list[dict[str, Any]]:
+    """Optimizer groups for `parameters`. With `ratio` other than 1, LoRA+ (Hayou et al., arXiv 2402.12354): each
+    method's fast parameters, for LoRA the B matrices, learn at `lr · ratio`; everything else, heads included, at `lr`.
+
+    Raises:
+        As `parameters`; ValueError: a learning rate or ratio that is not positive.
+    """
+    if not lr > 0 or not ratio > 0:
+        raise ValueError(f"lr and ratio are positive, not {lr!r} and {ratio!r}")
+    _, record = ledger.require(model)
+    trained = parameters(model, *names)
+    fast_ids = {
+        id(getattr(adapter, attribute))
+        for a in record.named(names or record.switch.names)
+        for adapter in a.adapters.values()
+        for attribute in adapter.fast
+    }
+    slow = [p for p in trained if id(p) not in fast_ids or ratio == 1.0]
+    fast = [p for p in trained if id(p) in fast_ids and ratio != 1.0]
+    groups = [(slow, lr), (fast, lr * ratio)]
+    return [{"params": ps, "lr": rate, "weight_decay": weight_decay} for ps, rate in groups if ps]
+
+
+def save(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default") -> None:
+    """Write the adapter as a directory that peft and vLLM read. What is there stays whole until the new one is.
+
+    Raises:
+        KeyError: no such adapter. ValueError: a module that carried it has been replaced, values are not finite.
+    """
+    root, record = ledger.require(model)
+    (attachment,) = record.named([name])
+    storage.save(root, attachment, path)
+
+
+def load(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    name: str = "default",
+    trainable: bool = False,
+    check_base: bool = True,
+) -> Report:
+    """Attach a stored adapter, peftkit's own or peft's, and make it the active one.
+
+    Args:
+        trainable: to train on; else its parameters are frozen like the base's.
+        check_base: whether the base must be the one that the adapter was saved from, by a sample of its weights.
+
+    Raises:
+        StorageError: a tensor that is missing, unexpected, misshapen, not finite or damaged, a wrong base; the model
+            is as it was.
+    """
+    record, everything = ledger.for_attaching(model, name)
+    stored = storage.read(path, name=name)
+    sites, also = storage.match(stored, everything, check_base=check_base)
+    attachment = _build(name, stored.config, sites, also, everything, trainable=trainable, new=False)
+    storage.fill(stored, attachment)
+    record.attach(model, everything, attachment)
+    return report(model, record, [name])

@@ -1,0 +1,214 @@
+"""The contract of a method, and the registry of all of them.
+
+A method is one frozen dataclass, its config, and one module class, its adapter. The config says where it can be
+attached and builds an adapter for a site; the adapter says what its host computes with it. Declaring the config
+registers the method::
+
+    @dataclass(frozen=True, kw_only=True)
+    class ScaleConfig(Config, method="scale"):
+        def refuses(self, site): return None if isinstance(site.module, nn.Linear) else "it is no Linear"
+        def build(self, site, plan): return ScaleAdapter(site.module.out_features)
+
+    class ScaleAdapter(Adapter):
+        def __init__(self, n): super().__init__(); self.scale = nn.Parameter(torch.ones(n))
+        def forward(self, base, x): return base(x) * self.scale
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from peftkit.sites import Site
+from peftkit.targets import Targets
+
+_registry: dict[str, type[Config]] = {}
+
+
+class NotMergeable(ValueError):
+    """An adapter that cannot be folded into its host's weights, with the reason."""
+
+
+class Adapter(nn.Module):
+    """What hangs on one site. Its parameters are the site's share of the method.
+
+    Class attributes a method sets:
+        tensor_names: attribute of each tensor to store -> its key in the file behind the site's name.
+        fast: attributes LoRA+ trains with the higher learning rate.
+        replaces: it takes the host's place rather than adding to it, so that only one may act at a time.
+    """
+
+    tensor_names: ClassVar[Mapping[str, str]] = {}
+    fast: ClassVar[tuple[str, ...]] = ()
+    replaces: ClassVar[bool] = False
+
+    def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What the host computes with this adapter; `base(*args, **kwargs)` is what it computes without.
+
+        `base` is to be called once, with arguments of the host's own signature. Several active adapters nest in the
+        order of activation, so an adapter that adds to `base(...)` adds to the others.
+        """
+        raise NotImplementedError
+
+    def fused(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The same with base and adapter in one computation; called where `can_fuse` and nothing lies in between."""
+        raise NotImplementedError
+
+    can_fuse: bool = False
+
+    def reset_parameters(self) -> None:
+        """Draw the initial values anew; identity where the method promises it."""
+        raise NotImplementedError
+
+    starts_from_base: bool = False  # its initial values say what the stored ones mean, so they are needed at load
+
+    # -- for adapters that act on a weight ---------------------------------------------------------------------------
+
+    merges: Sequence[str] = ()  # parameters of the host that merging changes; empty: cannot be merged
+
+    def why_not_merge(self) -> str | None:
+        """Why merging is refused; None where it works."""
+        return None if self.merges else "its effect depends on the input, so no weight can hold it"
+
+    def delta(self, name: str) -> Tensor:
+        """What to add to the host's parameter `name`, in its layout and dtype; differentiable."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def merge_(self, name: str, target: Tensor, base: Tensor) -> None:
+        """Add `delta(name)` to `target` in place; `base` is the parameter without any adapter."""
+        target.add_(self.delta(name).to(target))
+
+    # -- for the file -----------------------------------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What to store, by its key behind the site's name."""
+        return {key: getattr(self, attribute).detach() for attribute, key in self.tensor_names.items()}
+
+    def stored_shapes(self) -> dict[str, Sequence[torch.Size]]:
+        """The shapes each stored tensor may have; the first is the usual one."""
+        return {key: (t.shape,) for key, t in self.tensors().items()}
+
+    def load_tensors(self, found: Mapping[str, Tensor]) -> None:
+        """Take over stored tensors of the right shapes; they keep their dtype."""
+        for attribute, key in self.tensor_names.items():
+            getattr(self, attribute).data = found[key]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What every method's config has.
+
+    Args:
+        targets: presets, patterns or a predicate, see `peftkit.targets`; None is the placement its paper found best.
+        exclude: the same, for what to leave out; excluding a block excludes all that lies in it.
+        layers: indices of the blocks to adapt, negative ones from the end; None is all.
+        also_train: further modules to train and save whole, by pattern; or pattern -> rows of an embedding to train
+            (token ids), or None for the whole module.
+    """
+
+    targets: Targets | None = None
+    exclude: Targets | None = None
+    layers: Iterable[int] | int | None = None
+    also_train: Sequence[str] | Mapping[str, Sequence[int] | None] = ()
+
+    method: ClassVar[str] = ""
+    peft_type: ClassVar[str] = ""
+    default_targets: ClassVar[Sequence[str]] = ("all-linear",)
+
+    def __init_subclass__(cls, *, method: str | None = None, peft_type: str | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if method is not None:
+            other = _registry.get(method)
+            if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+                raise ValueError(f"method {method!r} is registered already, by {other.__module__}.{other.__qualname__}")
+            cls.method = method
+            cls.peft_type = peft_type or method.upper()
+            _registry[method] = cls
+
+    def __post_init__(self) -> None:
+        # a mapping or sequence that the caller goes on to change must not change the config
+        for name in ("targets", "exclude", "layers", "also_train"):
+            value = getattr(self, name)
+            if isinstance(value, Mapping):
+                object.__setattr__(self, name, dict(value))
+            elif isinstance(value, Iterable) and not isinstance(value, str):
+                object.__setattr__(self, name, tuple(value))
+        if isinstance(self.also_train, str):
+            object.__setattr__(self, "also_train", (self.also_train,))
+
+    @property
+    def identity(self) -> bool:
+        """Whether it promises output bit-equal to before at attach."""
+        return True
+
+    # -- what a method says of itself -------------------------------------------------------------------------------
+
+    def refuses(self, site: Site) -> str | None:
+        """Why it cannot be attached at `site`, as the end of a sentence that names the site; None where it can."""
+        raise NotImplementedError
+
+    def prepare(self, sites: Sequence[Site]) -> Any:
+        """Called once with all sites, before any is built: what they share. Its result goes to every `build`."""
+        return None
+
+    def build(self, site: Site, plan: Any) -> Adapter:
+        """A new adapter for `site`, on its device, its values not yet drawn."""
+        raise NotImplementedError
+
+    def check(self, site: Site, plan: Any) -> None:
+        """Raise ValueError for settings that make no sense at `site`; a stored adapter is not asked."""
+
+    def setup(self, model: nn.Module) -> Callable[[], None] | None:
+        """Whatever must change on the model beside its sites; returns what undoes it."""
+        return None
+
+    @classmethod
+    def examples(cls) -> Sequence[Config]:
+        """A few small ones, for the contract tests."""
+        return (cls(),)
+
+    # -- the file ---------------------------------------------------------------------------------------------------
+
+    def to_peft(self, adapters: Mapping[str, Adapter]) -> dict[str, Any]:
+        """Its part of `adapter_config.json`, for the adapters by site name."""
+        raise NotImplementedError(f"{type(self).__name__} cannot be saved yet")
+
+    @classmethod
+    def from_peft(cls, stored: Mapping[str, Any], shapes: Mapping[str, Mapping[str, torch.Size]]) -> Config:
+        """The config that `adapter_config.json` describes, given the shapes stored for each site."""
+        raise NotImplementedError(f"{cls.__name__} cannot be loaded yet")
+
+    @classmethod
+    def tensor_endings(cls) -> Sequence[str]:
+        """How the keys of its tensors end, behind the site's name."""
+        raise NotImplementedError(f"{cls.__name__} cannot be loaded yet")
+
+    @classmethod
+    def keys(cls) -> frozenset[str]:
+        return frozenset(f.name for f in fields(cls))
+
+
+def method_for(peft_type: str) -> type[Config]:
+    """The config class of a stored adapter.
+
+    Raises:
+        ValueError: no registered method has this `peft_type`.
+    """
+    for cls in _registry.values():
+        if cls.peft_type == peft_type:
+            return cls
+    known = sorted(c.peft_type for c in _registry.values())
+    close = difflib.get_close_matches(str(peft_type), known, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
+    raise ValueError(f"peft_type {peft_type!r} belongs to no method; {hint}")
+
+
+def registered() -> dict[str, type[Config]]:
+    """All methods by name."""
+    return dict(_registry)

@@ -1,0 +1,416 @@
+"""LoRA: a low-rank pair beside every adapted weight (Hu et al., arXiv 2106.09685).
+
+`y = W x + bias + s · B A drop(x)`, `s = α/r`, or `α/√r` rank-stabilised (Kalajdzievski, arXiv 2312.03732). Merged,
+`W + s · B A`. Where the paper's text draws A from a Gaussian, its code and everybody since draws it uniformly from
+`±1/√in`; both are here. Adaptation of an embedding starts with A at zero and B drawn, as in the paper's code.
+
+PiSSA (Meng et al., arXiv 2404.02948) and OLoRA (Büyükakyüz, arXiv 2406.01775) start from the weight's own leading
+singular vectors, or its QR factors, and are published as a change of the base: `W − s B₀A₀` is frozen. Here W stays as
+it is and the frozen pair is subtracted in the adapter, `s (B A − B₀ A₀)`: the same function, but the base can be
+shared, unmerged exactly, and the stored adapter is a plain LoRA of rank 2r on the base that everybody has.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from peftkit.graft import underneath
+from peftkit.hosts import ConvHost, EmbeddingHost, Host, LinearHost, host_of, why_no_host
+from peftkit.kernels.lora_linear import lora_linear
+from peftkit.method import Adapter, Config
+from peftkit.sites import Site
+from peftkit.targets import PerSite, TargetError
+
+INITS = ("kaiming", "gaussian", "pissa", "olora")
+_FROM_BASE = ("pissa", "olora")
+Blocks = Sequence[tuple[int, int]]
+
+# peft flags that change what the stored tensors mean, with the values under which they do not
+_PEFT_PLAIN: dict[str, tuple[Any, ...]] = {
+    "bias": ("none",), "lora_bias": (False,), "use_dora": (False,), "use_qalora": (False,), "use_bdlora": (None, False),
+    "layer_replication": (None,), "megatron_config": (None,), "alora_invocation_tokens": (None,),
+    "arrow_config": (None,), "target_parameters": (None, []), "kasa_config": (None,), "monteclora_config": (None,),
+    "velora_config": (None,),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAConfig(Config, method="lora", peft_type="LORA"):
+    """LoRA (arXiv 2106.09685).
+
+    Args:
+        r: rank, or ranks by pattern. For a grouped convolution it counts all groups together.
+        alpha: `s = alpha / r`; None is `alpha = r`. By pattern as well.
+        dropout: probability of dropping an entry of A's input in training. Embeddings, as elsewhere, know none.
+        init: `"kaiming"`, `"gaussian"` (std 1/r), `"pissa"` or `"olora"`.
+        rank_stabilized: `s = alpha / √r`.
+        dtype: of A and B; None is fp32 over a half-precision base and the base's own dtype otherwise. The product is
+            computed in the base's dtype.
+        rows: for a Linear that is several in one, such as a fused qkv: pattern -> row blocks `(start, stop)` to
+            adapt, each with a pair of its own of rank r.
+
+    Raises:
+        ValueError: a rank below 1, an alpha that is zero or no finite number, a dropout outside [0, 1), an unknown init.
+    """
+
+    r: int | Mapping[str, int] = 8
+    alpha: float | Mapping[str, float] | None = None
+    dropout: float = 0.0
+    init: str = "kaiming"
+    rank_stabilized: bool = False
+    dtype: torch.dtype | None = None
+    rows: Mapping[str, Blocks] | None = None
+
+    default_targets: ClassVar[Sequence[str]] = ("attention", "mlp")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("r", "alpha", "rows"):
+            if isinstance(value := getattr(self, name), Mapping):
+                object.__setattr__(self, name, dict(value))
+        for r in self.r.values() if isinstance(self.r, Mapping) else [self.r]:
+            if isinstance(r, bool) or not isinstance(r, int) or r < 1:
+                raise ValueError(f"r: a rank is an integer of at least 1, not {r!r}")
+        for a in self.alpha.values() if isinstance(self.alpha, Mapping) else [self.alpha]:
+            if a is not None and (isinstance(a, bool) or not math.isfinite(a) or a == 0):
+                raise ValueError(f"alpha: a finite number other than 0, not {a!r}; with 0 or NaN nothing could be learned")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout: a probability in [0, 1), not {self.dropout!r}")
+        if self.init not in INITS:
+            raise ValueError(f"init: one of {', '.join(map(repr, INITS))}, not {self.init!r}")
+        if self.init in _FROM_BASE and self.dropout:
+            raise ValueError(f"dropout: 0 with init={self.init!r}, whose frozen pair must see the input of the trained one")
+        if self.dtype is not None and not self.dtype.is_floating_point:
+            raise ValueError(f"dtype: a floating-point dtype, not {self.dtype}")
+
+    @property
+    def identity(self) -> bool:
+        return self.init not in _FROM_BASE  # these differ by the rounding of s(BA − B₀A₀)
+
+    def refuses(self, site: Site) -> str | None:
+        return why_no_host(site)
+
+    def prepare(self, sites: Sequence[Site]) -> dict[str, _Shape]:
+        r, alpha = PerSite(self.r, "r"), PerSite(self.alpha, "alpha")
+        rows = PerSite({**self.rows, "**": ()} if self.rows else (), "rows")
+        plan = {}
+        for site in sites:
+            rank, blocks = r.at(site), tuple((int(a), int(b)) for a, b in rows.at(site))
+            plan[site.name] = _Shape(rank, float(alpha.at(site) or rank), blocks)
+        names = [s.name for s in sites]
+        for values in (r, alpha, rows):
+            values.finish(names)
+        return plan
+
+    def build(self, site: Site, plan: dict[str, _Shape]) -> LoRAAdapter:
+        host, shape = host_of(site), plan[site.name]
+        if self.dropout and host.read:
+            raise TargetError(
+                f"dropout={self.dropout} cannot be applied at {site.name!r}: MultiheadAttention reads the weight, so "
+                "there is no input to drop; set dropout=0.0 or exclude it"
+            )
+        if self.init in _FROM_BASE and (reason := _why_not_from_base(host)) is not None:
+            raise TargetError(f"init={self.init!r} cannot start from the weight at {site.name!r}: {reason}")
+        _check_blocks(shape.blocks, host)
+        return LoRAAdapter(host, shape, self)
+
+    def check(self, site: Site, plan: dict[str, _Shape]) -> None:
+        """Refuse ranks that buy nothing.
+
+        Raises:
+            ValueError: r is larger than the rank any change of the weight can have.
+        """
+        host, shape = host_of(site), plan[site.name]
+        rows = min((b - a for a, b in shape.blocks), default=host.rows)
+        largest = min(rows, host.cols) * host.groups
+        if shape.r > largest:
+            raise ValueError(
+                f"r={shape.r} at {site.name!r} exceeds {largest}, the largest rank a change of its "
+                f"({host.rows * host.groups}, {host.cols}) weight can have; lower r there, as in "
+                f"r={{'*': {shape.r}, {site.name!r}: {largest}}}, or exclude it"
+            )
+
+    @classmethod
+    def examples(cls) -> Sequence[LoRAConfig]:
+        return (
+            cls(r=2, targets="all-linear"),
+            cls(r=3, alpha=5.0, rank_stabilized=True, init="gaussian", targets="all-linear"),
+            cls(r=1, init="pissa", targets="all-linear"),
+            cls(r=2, dropout=0.25, targets="all-linear"),
+        )
+
+    @classmethod
+    def tensor_endings(cls) -> Sequence[str]:
+        return ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B")
+
+    def to_peft(self, adapters: Mapping[str, Adapter]) -> dict[str, Any]:
+        shapes = {name: a.as_plain() for name, a in adapters.items() if isinstance(a, LoRAAdapter)}
+        r = Counter(s.r for s in shapes.values()).most_common(1)[0][0]
+        alpha = Counter(s.alpha for s in shapes.values()).most_common(1)[0][0]
+        return {
+            "r": r,
+            "lora_alpha": _int_if_whole(alpha),
+            "lora_dropout": self.dropout,
+            "use_rslora": self.rank_stabilized,
+            "rank_pattern": {n: s.r for n, s in shapes.items() if s.r != r},
+            "alpha_pattern": {n: _int_if_whole(s.alpha) for n, s in shapes.items() if s.alpha != alpha},
+            "fan_in_fan_out": any(getattr(a.host, "transposed", False) for a in adapters.values()),  # type: ignore[union-attr]
+            "bias": "none",
+            "init_lora_weights": True,
+            "layers_pattern": None,
+            "layers_to_transform": None,
+            "use_dora": False,
+        }
+
+    @classmethod
+    def from_peft(cls, stored: Mapping[str, Any], shapes: Mapping[str, Mapping[str, torch.Size]]) -> LoRAConfig:
+        for flag, plain in _PEFT_PLAIN.items():
+            if flag in stored and stored[flag] not in plain:
+                raise ValueError(f"adapter_config.json: {flag}={stored[flag]!r} is not supported by {cls.__name__}")
+        init = stored.get("init_lora_weights", True)
+        if isinstance(init, str) and init.startswith("pissa"):
+            init = "pissa"  # any number of iterations; the exact factors are taken here
+        if init in ("loftq", "corda", "lora_ga"):
+            raise ValueError(
+                f"adapter_config.json: init_lora_weights={init!r} changed the base weights it was trained on; convert it "
+                "to plain LoRA with peft's path_initial_model_for_weight_conversion first"
+            )
+        ranks = {name: next(iter(s.values()))[0] for name, s in shapes.items()}
+        patterns = _PeftPatterns(stored.get("alpha_pattern") or {}, stored.get("lora_alpha", 8))
+        alphas = {name: patterns.at(name) for name in shapes}
+        return cls(
+            r=_compact(ranks),
+            alpha=_compact(alphas),
+            dropout=float(stored.get("lora_dropout") or 0.0),
+            init=init if init in _FROM_BASE else "kaiming",
+            rank_stabilized=bool(stored.get("use_rslora", False)),
+            targets=tuple(f"^{name}" for name in shapes),
+        )
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """Rank, alpha and row blocks of one site."""
+
+    r: int
+    alpha: float
+    blocks: tuple[tuple[int, int], ...] = ()
+
+
+class LoRAAdapter(Adapter):
+    """One pair. `lora_A: (r in)` — stacked for several row blocks — and `lora_B: (out r)`; a convolution's have its
+    kernel's dimensions. `frozen_A` and `frozen_B` are the initial pair where the method subtracts it."""
+
+    fast = ("lora_B",)
+
+    def __init__(self, host: Host, shape: _Shape, config: LoRAConfig):
+        super().__init__()
+        self.host = host
+        self.shape = shape
+        self.init = config.init
+        self.dropout = config.dropout
+        self.scale = shape.alpha / (math.sqrt(shape.r) if config.rank_stabilized else shape.r)
+        self.rank_stabilized = config.rank_stabilized
+        base = host.dtype
+        dtype = config.dtype or (base if base.itemsize >= 4 else torch.float32)
+        a, b = host.pair_shapes(shape.r)
+        if shape.blocks:
+            a = (shape.r * len(shape.blocks), *a[1:])
+            b = (sum(stop - start for start, stop in shape.blocks), shape.r)
+        device = host.device
+        self.lora_A = nn.Parameter(torch.empty(a, device=device, dtype=dtype))
+        self.lora_B = nn.Parameter(torch.empty(b, device=device, dtype=dtype))
+        self.subtracts = self.starts_from_base = config.init in _FROM_BASE
+        if self.subtracts:
+            self.frozen_A = nn.Parameter(torch.empty_like(self.lora_A), requires_grad=False)
+            self.frozen_B = nn.Parameter(torch.empty_like(self.lora_B), requires_grad=False)
+        embedding = "embedding_" if isinstance(host, EmbeddingHost) else ""
+        behind = "" if embedding else ".weight"
+        self.tensor_names = {"lora_A": f"lora_{embedding}A{behind}", "lora_B": f"lora_{embedding}B{behind}"}
+        self.can_fuse = host.intact and isinstance(host, LinearHost) and not shape.blocks and not self.subtracts
+        self.transposed = getattr(host, "transposed", False)
+        self.merges = (host.weight_name,) if host.why_not_dense() is None else ()
+
+    # -- computing --------------------------------------------------------------------------------------------------
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A and B of the one plain pair that this adapter amounts to."""
+        a, b = self.lora_A, self.lora_B
+        if self.shape.blocks:
+            r, blocks = self.shape.r, self.shape.blocks
+            pieces = b.split([stop - start for start, stop in blocks])
+            whole = b.new_zeros(self.host.rows, r * len(blocks))
+            for i, ((start, stop), piece) in enumerate(zip(blocks, pieces, strict=True)):
+                before = torch.nn.functional.pad(piece, (r * i, r * (len(blocks) - i - 1), start, self.host.rows - stop))
+                whole = whole + before
+            b = whole
+        if self.subtracts:
+            a, b = torch.cat([a, self.frozen_A]), torch.cat([b, -self.frozen_B], dim=1)
+        return a, b
+
+    def forward(self, base: Any, *args: Any, **kwargs: Any) -> Tensor:
+        y = base(*args, **kwargs)
+        x = args[0] if args else next(iter(kwargs.values()))
+        a, b = self.factors()
+        return self.host.add_low_rank(x, y, a, b, self.scale, self.dropout if self.training else 0.0)
+
+    def fused(self, module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        held, own = module._parameters, self._parameters
+        weight: Any = held["weight"]
+        if type(weight) not in _PLAIN:  # quantised or sharded since it was attached
+            return self.forward(underneath(module), *args, **kwargs)
+        x = args[0] if args else next(iter(kwargs.values()))
+        if self.transposed:
+            weight = weight.t()
+        p = self.dropout if self.training else 0.0
+        return lora_linear(x, weight, held["bias"], own["lora_A"], own["lora_B"], self.scale, p)  # type: ignore[arg-type]
+
+    # -- merging ----------------------------------------------------------------------------------------------------
+
+    def why_not_merge(self) -> str | None:
+        return self.host.why_not_merge()
+
+    def delta(self, name: str) -> Tensor:
+        a, b = self.factors()
+        return self.host.dense(a, b, self.scale).to(self.host.weight.dtype)
+
+    @torch.no_grad()
+    def merge_(self, name: str, target: Tensor, base: Tensor) -> None:
+        self.host.add_pair_(target, *self.factors(), self.scale)
+
+    # -- initial values -----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """As `init` says. Adapters made on the meta device are put where their host is."""
+        device = self.host.device
+        for name, p in list(self._parameters.items()):
+            if p is not None and p.is_meta and device.type != "meta":
+                setattr(self, name, nn.Parameter(torch.empty_like(p, device=device), p.requires_grad))
+        if self.init in _FROM_BASE:
+            self._start_from_base()
+        elif isinstance(self.host, EmbeddingHost):
+            nn.init.zeros_(self.lora_A)
+            nn.init.normal_(self.lora_B)
+        else:
+            if self.init == "gaussian":
+                nn.init.normal_(self.lora_A, std=1 / self.shape.r)
+            else:
+                nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+            nn.init.zeros_(self.lora_B)
+
+    def _start_from_base(self) -> None:
+        weight = self.host.matrices(self.host.weight)[0].float()
+        blocks = self.shape.blocks or ((0, self.host.rows),)
+        pairs = [_leading(weight[start:stop], self.shape.r, self.init, self.scale) for start, stop in blocks]
+        self.lora_A.copy_(torch.cat([a for a, _ in pairs]))
+        self.lora_B.copy_(torch.cat([b for _, b in pairs]))
+        self.frozen_A.copy_(self.lora_A)
+        self.frozen_B.copy_(self.lora_B)
+
+    # -- the file -----------------------------------------------------------------------------------------------------
+
+    def as_plain(self) -> _Shape:
+        """Rank and alpha of the plain pair of the same scale."""
+        r, times = self.shape.r, max(1, len(self.shape.blocks)) * (2 if self.subtracts else 1)
+        return _Shape(r * times, self.shape.alpha * (math.sqrt(times) if self.rank_stabilized else times))
+
+    @torch.no_grad()
+    def tensors(self) -> dict[str, Tensor]:
+        a, b = self.factors()
+        return {self.tensor_names["lora_A"]: a.detach(), self.tensor_names["lora_B"]: b.detach()}
+
+    def stored_shapes(self) -> dict[str, Sequence[torch.Size]]:
+        a, b = self.factors() if self.shape.blocks or self.subtracts else (self.lora_A, self.lora_B)
+        key_a, key_b = self.tensor_names.values()
+        if not self.subtracts:
+            return {key_a: (a.shape,), key_b: (b.shape,)}
+        # peft stores the trained pair alone, relative to a base that it changes
+        return {key_a: (a.shape, self.lora_A.shape), key_b: (b.shape, self.lora_B.shape)}
+
+    @torch.no_grad()
+    def load_tensors(self, found: Mapping[str, Tensor]) -> None:
+        a, b = found[self.tensor_names["lora_A"]], found[self.tensor_names["lora_B"]]
+        if self.subtracts and a.shape[0] != self.lora_A.shape[0]:
+            n, m = a.shape[0] // 2, b.shape[1] // 2
+            self.frozen_A.data, self.frozen_B.data = a[n:].contiguous(), -self._own_blocks(b[:, m:])
+            a, b = a[:n].contiguous(), b[:, :m]
+        self.lora_A.data, self.lora_B.data = a, self._own_blocks(b)
+
+    def _own_blocks(self, b: Tensor) -> Tensor:
+        r = self.shape.r
+        pieces = [b[start:stop, r * i : r * (i + 1)] for i, (start, stop) in enumerate(self.shape.blocks)]
+        return torch.cat(pieces) if pieces else b.contiguous()
+
+    def extra_repr(self) -> str:
+        return f"r={self.shape.r}, alpha={self.shape.alpha:g}" + (f", dropout={self.dropout}" if self.dropout else "")
+
+
+_PLAIN = (nn.Parameter, Tensor)
+
+
+def _leading(weight: Tensor, r: int, init: str, scale: float) -> tuple[Tensor, Tensor]:
+    """A: (r in) and B: (out r) from the weight's SVD (PiSSA eq. 2–3, with s divided out) or QR (OLoRA alg. 1)."""
+    if init == "olora":
+        q, upper = torch.linalg.qr(weight)
+        return upper[:r], q[:, :r]
+    u, sigma, vh = torch.linalg.svd(weight, full_matrices=False)
+    root = (sigma[:r] / scale).sqrt()
+    return root[:, None] * vh[:r], u[:, :r] * root
+
+
+def _why_not_from_base(host: Host) -> str | None:
+    if isinstance(host, ConvHost | EmbeddingHost):
+        return "it is no Linear"
+    if (reason := host.why_not_dense()) is not None:
+        return reason
+    return "it is on the meta device" if host.weight.is_meta else None
+
+
+def _check_blocks(blocks: Blocks, host: Host) -> None:
+    if not blocks:
+        return
+    if not isinstance(host, LinearHost):
+        raise TargetError(f"rows: {host.name!r} is no Linear, so it has no row blocks")
+    end = 0
+    for start, stop in sorted(blocks):
+        if not 0 <= start < stop <= host.rows:
+            raise TargetError(f"rows: ({start}, {stop}) does not lie in the {host.rows} rows of {host.name!r}")
+        if start < end:
+            raise TargetError(f"rows: the blocks {list(blocks)} of {host.name!r} overlap")
+        end = stop
+
+
+def _int_if_whole(x: float) -> float | int:
+    return int(x) if float(x).is_integer() else x
+
+
+def _compact(values: Mapping[str, Any]) -> Any:
+    distinct = set(values.values())
+    return distinct.pop() if len(distinct) == 1 else {f"^{name}": v for name, v in values.items()}
+
+
+class _PeftPatterns:
+    """peft's rule: the first key, in the file's order, that matches the end of a name by whole components."""
+
+    def __init__(self, patterns: Mapping[str, Any], default: Any):
+        self.values = [*patterns.values(), default]
+        self.literal = {key: i for i, key in enumerate(patterns) if re.fullmatch(r"[\w.]+", key)}
+        self.regex = [
+            (i, re.compile(rf"(.*\.)?({key})$")) for i, key in enumerate(patterns) if key not in self.literal
+        ]
+
+    def at(self, name: str) -> Any:
+        parts = name.split(".")
+        tails = (".".join(parts[i:]) for i in range(len(parts)))
+        found = [self.literal[t] for t in tails if t in self.literal]
+        found += [i for i, regex in self.regex if regex.match(name)]
+        return self.values[min(found, default=-1)]

@@ -1,0 +1,134 @@
+"""What was attached where: a table that prints well, and the numbers behind it."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from peftkit.graft import original_class
+from peftkit.ledger import Ledger
+
+
+@dataclass(frozen=True)
+class Row:
+    """One adapter on one site. `parameters` counts its own; `trained` those with `requires_grad`; sizes are bytes."""
+
+    adapter: str
+    site: str
+    host: str
+    method: str
+    detail: str
+    parameters: int
+    trained: int
+    bytes: int
+    state: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `inject`, `load` and `describe` return.
+
+    Attributes:
+        rows: one for each adapter and site.
+        trained: parameters with `requires_grad` in the whole model.
+        total: parameters of the base.
+        path: how the low-rank product is computed here, and why.
+    """
+
+    rows: Sequence[Row]
+    trained: int
+    total: int
+    path: str
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the adapters."""
+        return sum(r.parameters for r in self.rows)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the adapters."""
+        return sum(r.bytes for r in self.rows)
+
+    @property
+    def sites(self) -> list[str]:
+        return list(dict.fromkeys(r.site for r in self.rows))
+
+    def __str__(self) -> str:
+        from rich.console import Console  # a table is seldom asked for; importing it costs more than this package
+        from rich.table import Table
+
+        table = Table(caption=self.summary(), caption_justify="left")
+        for title in ("adapter", "where", "on", "what", "state"):
+            table.add_column(title, overflow="fold")
+        for title in ("parameters", "bytes"):
+            table.add_column(title, justify="right")
+        for names, row, count, size in self._grouped():
+            table.add_row(row.adapter, names, row.host, f"{row.method} {row.detail}", row.state, f"{count:,}", _size(size))
+        out = io.StringIO()
+        Console(file=out, width=max(100, min(140, 60 + max((len(n) for n, *_ in self._grouped()), default=0)))).print(table)
+        return out.getvalue().rstrip()
+
+    def summary(self) -> str:
+        share = 100 * self.trained / max(1, self.total + self.parameters)
+        return (
+            f"{self.trained:,} parameters are trained ({share:.3g} % of {self.total + self.parameters:,}); "
+            f"adapters: {_size(self.bytes)}; computed by {self.path}"
+        )
+
+    def _grouped(self) -> list[tuple[str, Row, int, int]]:
+        """Sites that differ in their block's number alone share a line."""
+        groups: dict[tuple[str, ...], list[Row]] = {}
+        for r in self.rows:
+            parts = r.site.split(".")
+            name = ".".join("*" if p.isdigit() else p for p in parts)
+            groups.setdefault((r.adapter, name, r.host, r.method, r.detail, r.state, str(r.parameters)), []).append(r)
+        lines = []
+        for key, rows in groups.items():
+            name = rows[0].site if len(rows) == 1 else f"{key[1]} ×{len(rows)}"
+            lines.append((name or "(the model)", rows[0], sum(r.parameters for r in rows), sum(r.bytes for r in rows)))
+        return lines
+
+
+def report(model: nn.Module, ledger: Ledger | None, names: Sequence[str] | None = None) -> Report:
+    """The report of the adapters `names`, or of all."""
+    rows, own = [], set()
+    for attachment in ledger.attachments.values() if ledger else ():
+        merged, active = attachment.name in ledger.merged, attachment.name in ledger.switch.names  # type: ignore[union-attr]
+        state = "merged" if merged else "active" if active else "attached"
+        own.update(id(p) for p in attachment.parameters())
+        if names is not None and attachment.name not in names:
+            continue
+        for name, adapter in attachment.adapters.items():
+            parameters = list(adapter.parameters())
+            rows.append(
+                Row(
+                    adapter=attachment.name,
+                    site=name,
+                    host=original_class(attachment.sites[name].module).__name__,
+                    method=attachment.config.method if type(adapter).__module__ != "peftkit.also_train" else "whole",
+                    detail=adapter.extra_repr(),
+                    parameters=sum(p.numel() for p in parameters),
+                    trained=sum(p.numel() for p in parameters if p.requires_grad),
+                    bytes=sum(p.numel() * p.element_size() for p in parameters),
+                    state=state,
+                )
+            )
+    everything = list(model.parameters())
+    return Report(
+        rows=tuple(rows),
+        trained=sum(p.numel() for p in everything if p.requires_grad),
+        total=sum(p.numel() for p in everything if id(p) not in own),
+        path="torch (no Triton kernel is in use yet)",
+    )
+
+
+def _size(count: int) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
+        count = count / 1024  # type: ignore[assignment]
+    raise AssertionError

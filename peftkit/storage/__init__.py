@@ -1,0 +1,7 @@
+"""The directory that adapters are kept in: `adapter_config.json` and `adapter_model.safetensors`, as peft has them."""
+
+from peftkit.storage.errors import StorageError
+from peftkit.storage.reader import Stored, fill, match, read
+from peftkit.storage.writer import save
+
+__all__ = ["StorageError", "Stored", "fill", "match", "read", "save"]
