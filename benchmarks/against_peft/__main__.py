@@ -1,0 +1,73 @@
+"""Measure peftkit's verbs beside peft's, in one process and on one thread, and print a table.
+
+    python -m benchmarks.against_peft            minutes
+    python -m benchmarks.against_peft --full     the committed result; half an hour, most of it peft's
+    python -m benchmarks.against_peft --only switching files
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is to be looked up while the clock runs
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.measure import write_result
+
+from . import attaching, calling, files, importing, merging, switching
+from .common import FULL, QUICK, Group, Row
+
+GROUPS: dict[str, Group] = {
+    "importing": importing.measure,
+    "attaching": attaching.measure,
+    "calling": calling.measure,
+    "merging": merging.measure,
+    "switching": switching.measure,
+    "files": files.measure,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.against_peft", description=__doc__)
+    parser.add_argument("--full", action="store_true", help="100 adapters, more rounds; writes the result file")
+    parser.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS), help="some groups; writes nothing")
+    args = parser.parse_args()
+
+    torch.set_num_threads(1)
+    console = Console()
+    rows: list[Row] = []
+    for name in args.only:
+        with console.status(f"measuring: {name}"):
+            for row in GROUPS[name](FULL if args.full else QUICK):
+                rows.append(row)
+                console.print(f"{row.what}: {figure(row.measured)} {row.unit}", highlight=False)
+    console.print(table(rows))
+    if args.full and len(args.only) == len(GROUPS):
+        write_result("against_peft", [row.as_json() for row in rows])
+
+
+def table(rows: list[Row]) -> Table:
+    made = Table(title="peftkit beside peft")
+    made.add_column("what", overflow="fold")
+    for title in ("measured", "at most"):
+        made.add_column(title, justify="right")
+    made.add_column("of")
+    made.add_column("")
+    for row in rows:
+        limit = "" if row.limit is None else figure(row.limit)
+        verdict = {None: "", True: "[green]met[/]", False: "[red]missed[/]"}[row.met]
+        made.add_row(row.what, figure(row.measured), limit, row.unit, verdict)
+    return made
+
+
+def figure(value: float) -> str:
+    """Small ratios as fractions, as they are promised."""
+    return f"1/{1 / value:.3g}" if 0 < value < 0.4 else f"{value:.3g}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""What merging costs, in time and in memory, and whether it can be undone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import peft
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+import peftkit
+from benchmarks.measure import interleaved
+
+from .common import Row, Size, against, llama, names_of, ours, theirs
+
+
+def measure(size: Size) -> Iterator[Row]:
+    for dtype, limit in ((torch.float32, 0.6), (torch.bfloat16, 0.75)):
+        yield from _merging(size, dtype, limit)
+
+
+def _merging(size: Size, dtype: torch.dtype, limit: float) -> Iterator[Row]:
+    name = str(dtype).removeprefix("torch.")
+    linears = 7 * size.merge_layers
+    ours_model = llama(size.merge_layers, size.merge_width, dtype=dtype)
+    names = names_of(ours_model)
+    peftkit.inject(ours_model, ours())
+    wrapped = peft.get_peft_model(llama(size.merge_layers, size.merge_width, dtype=dtype), theirs())
+    for model in (ours_model, wrapped):
+        _draw(model)
+    weights = [ours_model.get_parameter(f"{n}.weight") for n in names]
+    before = [w.detach().clone() for w in weights]
+
+    def apart() -> None:
+        if any(ours_model.get_submodule(n).peftkit.merged for n in names[:1]):
+            peftkit.unmerge(ours_model)
+        if wrapped.get_submodule(f"base_model.model.{names[0]}").merged:
+            wrapped.unmerge_adapter()
+
+    times = interleaved(
+        {"peftkit": lambda: peftkit.merge(ours_model), "peft": wrapped.merge_adapter}, size.rounds, apart, warmup=1
+    )
+    apart()
+    yield against(f"merge {linears} Linears of width {size.merge_width}, {name}, keeping the base", times, size.limit(limit))
+
+    changed = 0
+    for _ in range(3):
+        peftkit.merge(ours_model)
+        peftkit.unmerge(ours_model)
+        changed += sum(not torch.equal(_bits(w), _bits(b)) for w, b in zip(weights, before, strict=True))
+    yield Row(f"weights changed by 3 times merge and unmerge, {name}", changed, "weights", 0 if size.promised else None)
+
+    largest = max(w.nbytes for w in weights)
+    extra = {"peftkit": peak_scratch(lambda: peftkit.merge(ours_model)), "peft": peak_scratch(wrapped.merge_adapter)}
+    yield Row(
+        f"peak memory of merging beside the kept copy, {name}",
+        extra["peftkit"] / largest,
+        "× the largest weight",
+        size.limit(0.25),
+        {**{f"{k} bytes": v for k, v in extra.items()}, "largest weight bytes": largest},
+    )
+
+
+def _bits(t: Tensor) -> Tensor:
+    return t.detach().contiguous().view(torch.uint8)
+
+
+def _draw(model: nn.Module) -> None:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.normal_(std=0.02)
+
+
+def peak_scratch(run: Callable[[], Any]) -> int:
+    """The most bytes, by torch's own CPU allocator, that `run` held at one time of what it gave back by its end."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        kept = run()
+    del kept
+    steps = [e.nbytes() for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    live: dict[int, list[int]] = {}
+    freed = [False] * len(steps)
+    for i, step in enumerate(steps):
+        if step > 0:
+            live.setdefault(step, []).append(i)
+        elif live.get(-step):
+            freed[i] = freed[live[-step].pop()] = True
+    held = peak = 0
+    for step, counts in zip(steps, freed, strict=True):
+        held += step if counts else 0
+        peak = max(peak, held)
+    return peak

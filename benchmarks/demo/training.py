@@ -1,0 +1,103 @@
+"""Plain PyTorch: what a user writes around peftkit, which asks for no trainer of its own."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Iterator, Sequence
+
+import torch
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import peftkit
+
+from .data import Review, length_bucketed, length_sorted
+from .tasks import Batch, Recipe, Task
+
+
+def progress_display() -> Progress:
+    """A line for each stage, with the loss where there is one."""
+    return Progress(
+        TextColumn("{task.description:<26}"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+
+
+def in_length_order(task: Task, reviews: Sequence[Review], size: int = 32) -> list[Batch]:
+    """All reviews, for reading without training."""
+    encoded = task.encode(reviews)
+    return [_select(task, reviews, encoded, rows) for rows in length_sorted(list(map(len, encoded)), size)]
+
+
+def in_random_order(task: Task, reviews: Sequence[Review], size: int, seed: int) -> Iterator[Batch]:
+    """Epoch after epoch without end."""
+    encoded, rng = task.encode(reviews), random.Random(seed)
+    lengths = list(map(len, encoded))
+    while True:
+        for rows in length_bucketed(lengths, size, rng):
+            yield _select(task, reviews, encoded, rows)
+
+
+def fine_tune(
+    model: nn.Module, task: Task, recipe: Recipe, reviews: Sequence[Review], progress: Progress, *, seed: int
+) -> None:
+    """Train what peftkit attached, for `recipe.steps` steps."""
+    optimizer = torch.optim.AdamW(peftkit.parameters(model), lr=recipe.lr, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer,
+        recipe.lr,
+        total_steps=recipe.steps,
+        pct_start=0.1,
+        anneal_strategy="linear",
+        cycle_momentum=False,
+    )
+    bar = progress.add_task("fine-tuning with LoRA", total=recipe.steps, note="")
+    recent: deque[float] = deque(maxlen=16)
+    model.train()
+    for _, batch in zip(
+        range(recipe.steps), in_random_order(task, reviews, recipe.batch, seed), strict=False
+    ):
+        loss = F.cross_entropy(task.logits(model, batch), batch.labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        recent.append(loss.item())
+        progress.update(bar, advance=1, note=f"loss {sum(recent) / len(recent):.3f}")
+    model.eval()
+
+
+@torch.inference_mode()
+def all_logits(
+    model: nn.Module, task: Task, batches: Sequence[Batch], progress: Progress, description: str
+) -> Tensor:
+    """`texts 2`, in the order of the batches."""
+    bar = progress.add_task(description, total=len(batches), note="")
+    outputs = []
+    for batch in batches:
+        outputs.append(task.logits(model, batch))
+        progress.advance(bar)
+    return torch.cat(outputs)
+
+
+def accuracy(logits: Tensor, batches: Sequence[Batch]) -> float:
+    """The share of texts judged as people judge them."""
+    labels = torch.cat([batch.labels for batch in batches])
+    return (logits.argmax(-1) == labels).double().mean().item()
+
+
+def _select(
+    task: Task, reviews: Sequence[Review], encoded: Sequence[list[int]], rows: Sequence[int]
+) -> Batch:
+    return task.collate([encoded[row] for row in rows], [reviews[row].label for row in rows])
