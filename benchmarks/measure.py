@@ -31,8 +31,8 @@ def interleaved(
 ) -> dict[str, float]:
     """Median seconds of one call of each candidate.
 
-    In every round each candidate runs once, in an order drawn anew, after an untimed `setup()`; `inner` calls are
-    timed together where one is too short for the clock. Garbage is collected between rounds, never within one.
+    In every round each candidate runs once, in an order drawn anew, after an untimed `setup()`; `inner` calls
+    are timed together where one is too short for the clock. Garbage is collected between rounds only.
     """
     for _ in range(warmup):
         for run in candidates.values():

@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._C._functorch import maybe_current_level
-from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
 # Below this many numbers in x an autograd.Function written in Python costs more than it saves: measured on a
@@ -55,7 +54,7 @@ def reference_delta(x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: float, dr
 class _LoraLinear(torch.autograd.Function):
     """Adds `scale · x̂ Aᵀ Bᵀ` to `F.linear(x, weight, bias)`, or to `y` where `weight` is None.
 
-    Saves x as it is where A is trained, S: (tokens r) where B is, and with dropout a byte for each number in x.
+    Saves x as it is where A is trained, S: (tokens r) where B is, and with dropout a byte a number of x.
     """
 
     @staticmethod
@@ -72,12 +71,12 @@ class _LoraLinear(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+        run = _backward_again if torch.is_grad_enabled() else _backward
         if torch.is_autocast_enabled(grad.device.type):  # forward ran without it
             with torch.autocast(grad.device.type, enabled=False):
-                return _backward(ctx, grad)
-        return _backward(ctx, grad)
+                return run(ctx, grad)
+        return run(ctx, grad)
 
 
 def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -115,6 +114,34 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
+def _backward_again(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """`_backward` out of place, for autograd to go through: what `create_graph=True` asks for."""
+    x, weight, a, b, s, keep = ctx.saved_tensors
+    x_needs, y_needs, _, _, a_needs, b_needs, _, _ = ctx.needs_input_grad
+    if x is None and x_needs and b_needs:
+        raise RuntimeError(
+            "lora_linear: with `a` frozen x is not saved, so only first derivatives; use `reference`"
+        )
+    dy = _rows(grad)
+    low = a.to(dy.dtype)
+    mask = 1 if keep is None else keep
+    if x is not None:
+        x = _rows(x) * mask
+        s = F.linear(x, low)
+    ds = dy @ b.to(dy.dtype) * ctx.alpha
+    dx = ds @ low * mask if weight is None else dy @ weight + ds @ low * mask
+    return (
+        dx.view(ctx.shape) if x_needs else None,
+        grad if y_needs else None,
+        None,
+        None,
+        (ds.t() @ x).to(a.dtype) if a_needs else None,
+        (dy.t() @ s * ctx.alpha).to(b.dtype) if b_needs else None,
+        None,
+        None,
+    )
+
+
 def _shrink(x: Tensor, a: Tensor, dropout: float) -> tuple[Tensor, Tensor | None, float]:
     """(mask ∘ x) Aᵀ: (tokens r); the mask as bytes: (tokens in); the probability that a number is kept."""
     if not dropout:
@@ -123,8 +150,8 @@ def _shrink(x: Tensor, a: Tensor, dropout: float) -> tuple[Tensor, Tensor | None
     if not x.is_cpu:
         return F.linear(x * keep.bernoulli_(1 - dropout), a), keep, 1 - dropout
 
-    # Sixteen random bits a number, four numbers to a draw, are six times faster than bernoulli_. The probability
-    # is then a multiple of 2**-16, and the rescaling uses that very number, so the mean is exact.
+    # Sixteen random bits for each number, four to a draw, cost a fraction of bernoulli_. The probability is
+    # then a multiple of 2**-16, and the rescaling uses that very multiple, so the mean is exact.
     threshold = min(round(dropout * 2**16), 2**16 - 1)
     rows = _rows_per_piece(x)
     noise = torch.empty((rows * x.shape[1] + 3) // 4, dtype=torch.int64)
@@ -175,14 +202,14 @@ def lora_linear(
     dropout: the probability to apply now, so 0 when not training.
 
     Where weight or bias is trained, under autocast, torch.compile, torch.export and the transforms of
-    torch.func, and for a few rows, this runs `reference`. Elsewhere it gives first derivatives only: a second
-    one raises a RuntimeError, and `reference` has it. The mask is drawn from torch's own generator.
+    torch.func, and for a few rows, this runs `reference`. The mask is drawn from torch's own generator, alike
+    with and without gradients. Second derivatives work, forward-mode ones only through `reference`.
     Raises a TypeError or ValueError that names the argument which does not fit.
     """
     try:
         base_trains = weight.requires_grad or (bias is not None and bias.requires_grad)
         trains = base_trains or x.requires_grad or a.requires_grad or b.requires_grad
-        if not (dropout or (trains and torch.is_grad_enabled())):
+        if not (dropout or (trains and torch.is_grad_enabled()) or maybe_current_level() is not None):
             y = F.linear(x, weight, bias)
             if bias is not None and bias.numel() != b.shape[0]:
                 raise ValueError("bias")  # which F.linear would have broadcast
@@ -195,8 +222,6 @@ def lora_linear(
         return _LoraLinear.apply(x, None, weight, bias, a, b, scale, dropout)
     except Exception:
         _check(x, weight, bias, a, b, dropout)
-        if maybe_current_level() is not None:  # vmap refuses some writes in place
-            return reference(x, weight, bias, a, b, scale, dropout)
         raise
 
 
@@ -225,6 +250,7 @@ def _must_compose(x: Tensor, base: Tensor) -> bool:
     """
     return (
         x.numel() < SMALL
+        or x.is_meta
         or torch.compiler.is_compiling()
         or torch.is_autocast_enabled(x.device.type)
         or maybe_current_level() is not None
@@ -264,7 +290,7 @@ def _check(
     else:
         _check_shape("weight", weight, ("out", x.shape[-1]))
         _check_shape("b", b, (weight.shape[0], a.shape[0]))
-        if weight.dtype is not x.dtype and not torch.is_autocast_enabled(x.device.type):
+        if weight.dtype is not x.dtype and (x.is_meta or not torch.is_autocast_enabled(x.device.type)):
             raise TypeError(f"weight: expected {x.dtype}, the dtype of x, found {weight.dtype}")
     if bias is not None:
         _check_shape("bias", bias, (b.shape[0],))

@@ -6,6 +6,7 @@ ejecting work as for any method.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,9 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftkit.graft import plain_copy
+from peftkit.hosts import ModuleRef
 from peftkit.method import Adapter
 from peftkit.sites import Site
 from peftkit.targets import Patterns, TargetError, nearest
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_NEVER_CALLED = (nn.Module.forward, nn.ModuleList.forward, nn.ModuleDict.forward)
 
 
 class WholeModule(Adapter):
@@ -24,34 +29,54 @@ class WholeModule(Adapter):
 
     replaces = True
 
-    def __init__(self, copy: nn.Module):
+    def __init__(self, copy: nn.Module, module: nn.Module):
         super().__init__()
+        self._module = ModuleRef(module)
         self.copy = copy.requires_grad_(True)
-        for buffer in self.copy.buffers():
-            buffer.requires_grad_(False)
+        self.training = copy.training
+        for hooks in _HOOKS:  # the module's own run around the copy
+            getattr(copy, hooks).clear()
         self.merges = tuple(self.copy.state_dict(keep_vars=True))
         self.tensor_names = {f"copy.{name}": name for name in self.merges}
 
     def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return self.copy(*args, **kwargs)
+        own, host = _dtype(self.copy), _dtype(self._module())
+        if own is host or torch.is_autocast_enabled(next(self.copy.parameters()).device.type):
+            return self.copy(*args, **kwargs)
+        args = tuple(_cast(a, own) for a in args)  # saved over a base of another dtype
+        return _cast(self.copy(*args, **{k: _cast(v, own) for k, v in kwargs.items()}), host)
+
+    def why_not_merge(self) -> str | None:
+        return _why_not_write(self._module())
 
     def delta(self, name: str) -> Tensor:
         raise AssertionError("a whole module takes the place of its host; it is no sum")
 
+    def applied(self, name: str, weight: Tensor) -> Tensor:
+        return named_tensor(self.copy, name).to(weight.dtype)
+
     @torch.no_grad()
     def merge_(self, name: str, target: Tensor, base: Tensor) -> None:
-        target.copy_(self.copy.state_dict()[name])
+        target.copy_(named_tensor(self.copy, name))
 
+    @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Its initial values are the host's, taken when it was copied."""
+        """Start again from the host's values."""
+        module = self._module()
+        for name in self.merges:
+            _take(named_tensor(self.copy, name), named_tensor(module, name))
 
     def tensors(self) -> dict[str, Tensor]:
-        return {name: t.detach() for name, t in self.copy.state_dict().items()}
+        return {name: named_tensor(self.copy, name).detach() for name in self.merges}
 
     @torch.no_grad()
     def load_tensors(self, found: Mapping[str, Tensor]) -> None:
-        for name, t in self.copy.state_dict(keep_vars=True).items():
-            t.data = found[name]
+        for name in self.merges:
+            own = named_tensor(self.copy, name)
+            if own.is_meta:
+                _take(own, found[name])
+            else:
+                own.data = found[name].to(own.device)
 
 
 class TokenRows(Adapter):
@@ -61,11 +86,14 @@ class TokenRows(Adapter):
     merges = ("weight",)
     tensor_names = {"rows": "token_adapter.trainable_tokens_delta"}
 
-    def __init__(self, weight: Tensor, ids: Sequence[int], rows: nn.Parameter | None = None):
+    def __init__(self, module: nn.Module, ids: Sequence[int], rows: nn.Parameter | None = None):
         super().__init__()
-        index = torch.tensor(ids, device=weight.device)
-        self.register_buffer("ids", index, persistent=False)
-        self.rows = nn.Parameter(weight.detach()[index].clone()) if rows is None else rows
+        weight: Any = module._parameters["weight"]
+        self._module = ModuleRef(module)
+        self.head = isinstance(module, nn.Linear)
+        self.which = tuple(ids)
+        self.register_buffer("ids", torch.tensor(ids, device=weight.device), persistent=False)
+        self.rows = nn.Parameter(weight.new_empty(len(ids), weight.shape[1])) if rows is None else rows
         self.tied = rows is not None
         if self.tied:
             self.tensor_names = {}
@@ -73,28 +101,82 @@ class TokenRows(Adapter):
     def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
         y = base(*args, **kwargs)
         x = args[0] if args else next(iter(kwargs.values()))
-        if self.tied:  # the output head: logits of these tokens
-            return y.index_copy(-1, self.ids, F.linear(x, self.rows.to(x.dtype)))
-        hits = x.unsqueeze(-1) == self.ids  # (... n)
-        rows = F.embedding(hits.int().argmax(-1), self.rows.to(y.dtype))
-        return torch.where(hits.any(-1, keepdim=True), rows, y)
+        module: Any = self._module()
+        if self.head:  # logits of these tokens
+            bias = None if module.bias is None else module.bias[self.ids].to(x.dtype)
+            return y.index_copy(-1, self.ids, F.linear(x, self.rows.to(x.dtype), bias).to(y.dtype))
+        at = torch.searchsorted(self.ids, x.to(self.ids.dtype)).clamp(max=len(self.ids) - 1)
+        hits = self.ids[at] == x
+        rows = F.embedding(at, self.rows).to(y.dtype) * getattr(module, "embed_scale", 1.0)
+        return torch.where(hits.unsqueeze(-1), rows.to(y.dtype), y)
+
+    def why_not_merge(self) -> str | None:
+        return _why_not_write(self._module())
 
     def delta(self, name: str) -> Tensor:
         raise AssertionError("trained rows take the place of the host's; they are no sum")
+
+    def applied(self, name: str, weight: Tensor) -> Tensor:
+        return weight.index_copy(0, self.ids, self.rows.to(weight.dtype))
 
     @torch.no_grad()
     def merge_(self, name: str, target: Tensor, base: Tensor) -> None:
         target[self.ids.to(target.device)] = self.rows.to(target)
 
+    @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Its initial values are the host's, taken when it was made."""
+        """Start again from the host's values."""
+        weight: Any = self._module()._parameters["weight"]  # type: ignore[union-attr]
+        self.ids = torch.tensor(self.which, device=weight.device)  # the meta device had none
+        _take(self.rows, weight[self.ids])
 
     def tensors(self) -> dict[str, Tensor]:
         return {} if self.tied else super().tensors()
 
+    @torch.no_grad()
     def load_tensors(self, found: Mapping[str, Tensor]) -> None:
         if not self.tied:
-            super().load_tensors(found)
+            _take(self.rows, found["token_adapter.trainable_tokens_delta"].to(self.ids.device))
+
+
+def named_tensor(module: Any, name: str) -> Tensor:
+    """A parameter or buffer by its dotted name."""
+    path, _, last = name.rpartition(".")
+    holder = module.get_submodule(path)
+    value = holder._parameters.get(last)
+    return holder._buffers[last] if value is None else value
+
+
+def _take(own: Tensor, value: Tensor) -> None:
+    """Give a tensor that may lie on the meta device a value, and stay the same object, which others may share."""
+    if own.is_meta and not value.is_meta:
+        trains = own.requires_grad
+        fresh = value.detach().clone()
+        torch.utils.swap_tensors(own, nn.Parameter(fresh, trains) if isinstance(own, nn.Parameter) else fresh)
+    elif own.dtype is value.dtype and own.device == value.device:
+        own.copy_(value)
+    else:
+        own.data = value.detach().clone()
+
+
+def _dtype(module: Any) -> torch.dtype | None:
+    return next((p.dtype for p in module.parameters() if p.dtype.is_floating_point), None)
+
+
+def _cast(value: Any, dtype: torch.dtype | None) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() and dtype is not None else value
+
+
+def _why_not_write(module: Any) -> str | None:
+    for name, t in module.state_dict(keep_vars=True).items():
+        if t.is_meta:
+            return f"its {name} is on the meta device, or offloaded there by accelerate"
+        if type(t) not in (nn.Parameter, Tensor):
+            return f"its {name} is a {type(t).__name__}"
+    return None
+
+
+# -- choosing -----------------------------------------------------------------------------------------------------------
 
 
 def wanted(
@@ -103,7 +185,8 @@ def wanted(
     """The sites that `also_train` names, with the rows to train or None for the whole module.
 
     Raises:
-        TargetError: a pattern that matches nothing, rows of something that is no embedding or has fewer.
+        TargetError: a pattern that matches nothing, rows of something that is no embedding or has fewer, a module that
+            cannot be copied and trained, or lies in another one that is named.
     """
     rows: Mapping[str, Sequence[int] | None] = (
         also_train if isinstance(also_train, Mapping) else dict.fromkeys(also_train)
@@ -115,14 +198,17 @@ def wanted(
             continue
         used.update(hits)
         ids = rows[hits[0]]  # type: ignore[index]
+        if any(rows[h] != ids for h in hits):  # type: ignore[index]
+            raise TargetError(f"also_train: {' and '.join(map(repr, hits))} both match {site.name!r} and want different rows")
         if ids is not None:
             ids = _checked_rows(site, ids)
-        elif not any(True for _ in site.module.parameters()):
-            raise TargetError(f"also_train: {site.name!r} is a {type(site.module).__name__} without parameters")
+        elif (reason := _why_not_whole(site.module)) is not None:
+            raise TargetError(f"also_train: {site.name!r} cannot be trained whole: {reason}")
         found[site] = ids
     for p in rows:
         if p not in used:
             raise TargetError(f"also_train: {p!r} matches no module{nearest(p, [s.name for s in sites])}")
+    _check_apart(found)
     return found
 
 
@@ -130,7 +216,7 @@ def build(found: Mapping[Site, Sequence[int] | None], sites: Sequence[Site]) -> 
     """An adapter for each; weights tied among them stay tied in their copies.
 
     Raises:
-        TargetError: a module to be trained whole shares a weight with one that is not.
+        TargetError: a weight is shared with a module that would go on with the old one.
     """
     made: dict[Site, Adapter] = {}
     whole = [s for s, ids in found.items() if ids is None]
@@ -138,27 +224,70 @@ def build(found: Mapping[Site, Sequence[int] | None], sites: Sequence[Site]) -> 
     if whole:
         # copied together, so that what is tied stays tied
         copies = plain_copy(nn.ModuleList([s.module for s in whole]))
-        made.update({s: WholeModule(c) for s, c in zip(whole, copies, strict=True)})  # type: ignore[call-overload]
+        made.update({s: WholeModule(c, s.module) for s, c in zip(whole, copies, strict=True)})  # type: ignore[call-overload]
     for site, ids in found.items():
         if ids is None:
             continue
-        weight = site.module._parameters["weight"]
-        assert weight is not None
-        made[site] = adapter = TokenRows(weight, ids)
+        made[site] = adapter = TokenRows(site.module, ids)
         for other in sites:
-            if other.module is not site.module and isinstance(other.module, nn.Linear) and other.part is None:
-                if other.module._parameters.get("weight") is weight:
-                    made[other] = TokenRows(weight, ids, adapter.rows)
+            module = other.module
+            if module is site.module or other.part is not None:
+                continue
+            if any(p is site.module.weight for p in module._parameters.values()):
+                if other in found or not isinstance(module, nn.Linear | nn.Embedding):
+                    raise TargetError(
+                        f"also_train: {site.name!r} shares its weight with {other.name!r}, "
+                        + ("name one of them, the other follows" if other in found else
+                           f"a {type(module).__name__}, which would not know of the rows; untie them first")
+                    )
+                made[other] = TokenRows(module, ids, adapter.rows)
     return made
 
 
 def _checked_rows(site: Site, ids: Sequence[int]) -> list[int]:
     if not isinstance(site.module, nn.Embedding):
         raise TargetError(f"also_train: rows can be trained of an Embedding; {site.name!r} is a {type(site.module).__name__}")
-    ids, count = sorted(set(ids)), site.module.num_embeddings
+    weight = site.module._parameters.get("weight")
+    if type(weight) is not nn.Parameter or not weight.is_floating_point():
+        raise TargetError(f"also_train: the weight of {site.name!r} is a {type(weight).__name__}, which has no rows to copy")
+    if site.module.max_norm is not None:
+        raise TargetError(f"also_train: {site.name!r} has max_norm, so it rewrites its own rows in every forward")
+    try:
+        ids = sorted({operator.index(i) for i in ids})
+    except TypeError as error:
+        raise TargetError(f"also_train: rows of {site.name!r} are token ids, not {ids!r}") from error
+    count = site.module.num_embeddings
     if not ids or ids[0] < 0 or ids[-1] >= count:
         raise TargetError(f"also_train: rows of {site.name!r} lie in 0 … {count - 1}; got {ids}")
     return ids
+
+
+def _why_not_whole(module: nn.Module) -> str | None:
+    kind = type(module).__name__
+    if not any(True for _ in module.parameters()):
+        return f"it is a {kind} without parameters"
+    if type(module).forward in _NEVER_CALLED:
+        return f"a {kind} is never called, its members are; name these"
+    for name, part in module.named_modules():
+        where = f"{name} in it" if name else "it"
+        if isinstance(part, nn.modules.lazy.LazyModuleMixin) and part.has_uninitialized_params():  # type: ignore[arg-type]
+            return f"{where} has no shape yet; run one batch through the model first"
+        if any(isinstance(v, Tensor) and v.grad_fn is not None for v in vars(part).values()):
+            return f"{where} computes a weight by a hook (weight_norm or the like)"
+        for key, p in part._parameters.items():
+            if p is not None and not p.is_floating_point():
+                return f"{key} of {where} is packed {p.dtype}"
+            if p is not None and p.is_meta and getattr(part, "_hf_hook", None) is not None:
+                return f"{key} of {where} is offloaded by accelerate; attach before offloading"
+    return None
+
+
+def _check_apart(found: Mapping[Site, Sequence[int] | None]) -> None:
+    for site, ids in found.items():
+        inside = {id(m) for m in site.module.modules()} if ids is None else set()
+        for other in found:
+            if other is not site and id(other.module) in inside:
+                raise TargetError(f"also_train: {other.name!r} lies in {site.name!r}, which is trained whole; name one of them")
 
 
 def _check_ties(whole: Sequence[Site], sites: Sequence[Site]) -> None:

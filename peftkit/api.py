@@ -71,6 +71,11 @@ def _build(
         adapters[site.name] = config.build(site, plan)
         where[site.name] = site
     for site, adapter in also_train.build(also, everything).items():
+        if site.name in adapters:
+            raise TargetError(
+                f"{site.name!r} is a target and shares its weight with an embedding whose rows also_train names; "
+                f"exclude={site.name!r}"
+            )
         adapters[site.name], where[site.name] = adapter, site
     for adapter in adapters.values():
         if new or adapter.starts_from_base:
@@ -102,6 +107,7 @@ def eject(model: nn.Module, *names: str) -> None:
             f"{', '.join(map(repr, merged))} is merged; unmerge(model) first, or end with merge(model, keep_base=False) "
             "to keep the merged weights"
         )
+    record.check_classes()
     for attachment in leaving:
         record.detach(root, attachment)
 
@@ -162,11 +168,15 @@ def _checked(record: Ledger, names: tuple[str, ...]) -> tuple[str, ...]:
     missing = [n for n in record.merged if n not in names]
     if missing:
         raise ValueError(f"{', '.join(map(repr, missing))} is merged and cannot stop to act; unmerge(model) first")
-    taken: dict[str, str] = {}
     for a in attachments if len(attachments) > 1 else ():
-        for site, adapter in a.adapters.items():
-            if adapter.replaces and taken.setdefault(site, a.name) != a.name:
-                raise ValueError(f"{taken[site]!r} and {a.name!r} both train {site!r} whole, so they cannot act together")
+        for where, adapter in a.adapters.items():
+            inside = {id(m) for m in a.sites[where].module.modules()} if adapter.replaces else ()
+            for b in attachments if inside else ():
+                hit = next((s.name for s in b.sites.values() if b is not a and id(s.module) in inside), None)
+                if hit is not None:
+                    raise ValueError(
+                        f"{a.name!r} takes the place of {where!r}, so what {b.name!r} has at {hit!r} cannot act with it"
+                    )
     return names
 
 
@@ -300,7 +310,10 @@ def load(
     record, everything = ledger.for_attaching(model, name)
     stored = storage.read(path, name=name)
     sites, also = storage.match(stored, everything, check_base=check_base)
-    attachment = _build(name, stored.config, sites, also, everything, trainable=trainable, new=False)
+    try:
+        attachment = _build(name, stored.config, sites, also, everything, trainable=trainable, new=False)
+    except ValueError as error:
+        raise storage.StorageError(f"{stored.path}: {error}") from error
     storage.fill(stored, attachment)
     record.attach(model, everything, attachment)
     return report(model, record, [name])

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peftkit.graft import graft_of, original_class, underneath
+from peftkit.graft import underneath
+from peftkit.holder import original_class
 from peftkit.kernels.lora_linear import lora_delta
 from peftkit.sites import Site
 
@@ -83,8 +84,12 @@ class Host(abc.ABC):
     @property
     def device(self) -> torch.device:
         """Where the host computes: its weight's device, or where accelerate's hook brings the weight for a forward."""
-        device = getattr(getattr(self.module, "_hf_hook", None), "execution_device", None)
-        return self.weight.device if device is None else torch.device(device)
+        hook = getattr(self.module, "_hf_hook", None)
+        for one in getattr(hook, "hooks", [hook]):
+            device = getattr(one, "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+        return self.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -127,6 +132,18 @@ class Host(abc.ABC):
         """A and B as matrices `(r, cols)` and `(rows, r)`, one pair for each group."""
         return [(a, b)]
 
+    def why_not_hold(self, a: Tensor) -> str | None:
+        """Why no weight of the host's shape equals a pair with this A; None where one does."""
+        return None
+
+    def to_stored(self, a: Tensor) -> Tensor:
+        """A as the file format has it."""
+        return a
+
+    def from_stored(self, a: Tensor) -> Tensor:
+        """The inverse of `to_stored`."""
+        return a
+
     def dense(self, a: Tensor, b: Tensor, scale: float) -> Tensor:
         """`scale · BA` in the layout of the weight; differentiable."""
         pieces = [scale * (bm @ am) for am, bm in self.pair_matrices(a, b)]
@@ -164,7 +181,8 @@ class Host(abc.ABC):
         if (reason := self.why_not_dense()) is not None:
             return reason
         if self.weight.is_meta:
-            return "its weight is on the meta device"
+            offloaded = getattr(self.module, "_hf_hook", None) is not None
+            return "accelerate has offloaded its weight" if offloaded else "its weight is on the meta device"
         if not self.read and not self.known_forward() and not self._computes_as_expected():
             kind = type(self.module).__name__
             return f"the forward of this {kind} does not compute with `weight` and `bias` alone"
@@ -172,8 +190,7 @@ class Host(abc.ABC):
 
     def known_forward(self) -> bool:
         """Whether a call computes by a forward that this file knows, neither overridden nor replaced."""
-        graft = graft_of(self.module)
-        if "forward" in self.module.__dict__ or (graft is not None and graft.replaced):
+        if "forward" in self.module.__dict__:
             return False
         forward: Any = original_class(self.module).forward
         return forward in _KNOWN_FORWARDS or f"{forward.__module__}.{forward.__qualname__}" == _HF_CONV1D + ".forward"
@@ -214,7 +231,7 @@ class LinearHost(Host):
         if x.device != a.device:
             x = x.to(a.device)
         if y.device != a.device:
-            return y + lora_delta(x, y.to(a.device) * 0, a, b, scale, dropout).to(y.device)
+            return y + lora_delta(x, torch.zeros_like(y, device=a.device), a, b, scale, dropout).to(y.device)
         return lora_delta(x, y, a, b, scale, dropout)
 
     def matrices(self, weight: Tensor) -> list[Tensor]:
@@ -267,7 +284,11 @@ class EmbeddingHost(Host):
 
 class ConvHost(Host):
     """`nn.Conv1d/2d/3d`. A is a convolution with the host's own kernel, stride, padding, dilation and groups; B is 1×1
-    and grouped likewise, so that the pair is again one convolution and can be merged."""
+    and grouped likewise, so that the pair is again one convolution and can be merged.
+
+    In the file, as in peft, A is not grouped: `(r, in, *kernel)`, with zeros between the groups. One that peft has
+    trained has no such zeros; it computes what it computes there, but no grouped weight can hold it.
+    """
 
     def __init__(self, site: Site):
         super().__init__(site)
@@ -300,7 +321,36 @@ class ConvHost(Host):
         return self._function()(x, weight, bias, m.stride, padding, m.dilation, groups)
 
     def matrices(self, weight: Tensor) -> list[Tensor]:
-        return list(weight.view(self.groups, self.rows, self.cols))
+        return list(weight.reshape(self.groups, self.rows, self.cols))
+
+    @torch.no_grad()
+    def add_pair_(self, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
+        packed = weight.contiguous()  # channels_last has no view as a matrix
+        super().add_pair_(packed, a, b, scale)
+        if packed is not weight:
+            weight.copy_(packed)
+
+    def why_not_hold(self, a: Tensor) -> str | None:
+        if a.shape[1] == self.module.in_channels // self.groups:
+            return None
+        return f"its A, as peft trains it, crosses the {self.groups} groups of the convolution, which its weight cannot"
+
+    def to_stored(self, a: Tensor) -> Tensor:
+        if self.groups == 1 or self.why_not_hold(a) is not None:
+            return a
+        r, wide, *kernel = a.shape
+        full = a.new_zeros(self.groups, r // self.groups, self.groups, wide, *kernel)
+        for g, part in enumerate(a.view(self.groups, r // self.groups, wide, *kernel)):
+            full[g, :, g] = part
+        return full.view(r, self.groups * wide, *kernel)
+
+    def from_stored(self, a: Tensor) -> Tensor:
+        if self.groups == 1:
+            return a
+        r, _, *kernel = a.shape
+        full = a.view(self.groups, r // self.groups, self.groups, -1, *kernel)
+        own = torch.cat([full[g, :, g] for g in range(self.groups)])
+        return own if torch.equal(self.to_stored(own), a) else a
 
     def pair_matrices(self, a: Tensor, b: Tensor) -> list[tuple[Tensor, Tensor]]:
         per = b.shape[1]
@@ -310,7 +360,7 @@ class ConvHost(Host):
 
     def probe(self) -> Tensor:
         size = [self.module.in_channels] + [
-            d * (k - 1) + 1 for d, k in zip(self.module.dilation, self.module.kernel_size, strict=True)
+            2 * d * (k - 1) + 1 for d, k in zip(self.module.dilation, self.module.kernel_size, strict=True)
         ]
         n = torch.Size(size).numel()
         return torch.linspace(-1, 1, n, device=self.weight.device, dtype=self.weight.dtype).view(1, *size)

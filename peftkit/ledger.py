@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from peftkit.graft import READERS, Graft, Names, Switch, freeze, graft, graft_of, unfreeze, ungraft, why_not_graft
-from peftkit.method import Adapter, Config
+from peftkit.graft import freeze, graft, unfreeze, ungraft, why_not_graft, why_not_ungraft
+from peftkit.holder import Graft, Names, Switch, graft_of
+from peftkit.reading import READERS
+from peftkit.method import Adapter, Config, own_parameters
 from peftkit.sites import Site, walk
 from peftkit.targets import TargetError, nearest
 
@@ -34,7 +36,7 @@ class Attachment:
     def parameters(self) -> Iterator[nn.Parameter]:
         seen: set[int] = set()
         for adapter in self.adapters.values():
-            for p in adapter.parameters():
+            for p in own_parameters(adapter):
                 if id(p) not in seen:
                     seen.add(id(p))
                     yield p
@@ -120,6 +122,15 @@ class Ledger:
         self.attachments[attachment.name] = attachment
         self.activate((attachment.name,))
 
+    def check_classes(self) -> None:
+        """
+        Raises:
+            RuntimeError: a module's class was changed after attaching, so its own cannot be given back.
+        """
+        for module in [m for m, _ in self.grafts()] + self.readers:
+            if (reason := why_not_ungraft(module)) is not None:
+                raise RuntimeError(f"a {type(module).__name__} cannot be given back its class: {reason}")
+
     def detach(self, model: nn.Module, attachment: Attachment) -> None:
         if attachment.undo is not None:
             attachment.undo()
@@ -149,6 +160,9 @@ class Ledger:
         adapted = {id(s.module) for s in attachment.sites.values()}
         for module in readers:
             if graft_of(module) is None and any(id(m) in adapted for m in module.modules()):
+                if (reason := why_not_graft(module)) is not None:
+                    kind = type(module).__name__
+                    raise TargetError(f"a {kind} reads the weights of its children, and it cannot be adapted: {reason}")
                 graft(module, self.switch)
                 self.readers.append(module)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from peftkit.graft import Graft, graft_of, versions
+from peftkit.holder import Graft, graft_of, versions
 from peftkit.ledger import Attachment, Ledger
 from peftkit.method import Adapter, NotMergeable
 from peftkit.sites import Site, walk
@@ -25,6 +25,8 @@ def merge(model: nn.Module, ledger: Ledger, attachments: Sequence[Attachment], *
     """
     jobs = list(_jobs(attachments))
     _check(model, jobs)
+    if not keep:
+        ledger.check_classes()
     done: list[Graft] = []
     try:
         for site, made, key, adapter in jobs:
@@ -73,7 +75,7 @@ def _jobs(attachments: Sequence[Attachment]) -> Iterator[Job]:
 
 def _restore(jobs: Sequence[Job], done: Sequence[Graft]) -> None:
     touched = {id(made) for made in done}
-    for site, made, key, _ in jobs:
+    for site, made, key, _ in reversed(jobs):  # of tied weights the first copy alone is of the base
         if id(made) in touched:
             for name, value in made.kept.items():
                 with torch.no_grad():

@@ -19,7 +19,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -79,6 +79,10 @@ class Adapter(nn.Module):
         """What to add to the host's parameter `name`, in its layout and dtype; differentiable."""
         raise NotImplementedError
 
+    def applied(self, name: str, weight: Tensor) -> Tensor:
+        """The host's parameter `name` with this adapter, for what reads weights; `weight` may hold others already."""
+        return weight + self.delta(name)
+
     @torch.no_grad()
     def merge_(self, name: str, target: Tensor, base: Tensor) -> None:
         """Add `delta(name)` to `target` in place; `base` is the parameter without any adapter."""
@@ -97,7 +101,23 @@ class Adapter(nn.Module):
     def load_tensors(self, found: Mapping[str, Tensor]) -> None:
         """Take over stored tensors of the right shapes; they keep their dtype."""
         for attribute, key in self.tensor_names.items():
-            getattr(self, attribute).data = found[key]
+            self.take(attribute, found[key])
+
+    def take(self, attribute: str, value: Tensor) -> None:
+        """Let a parameter hold `value`, which becomes its own: on the parameter's device, in the value's dtype."""
+        own = self._parameters[attribute]
+        assert own is not None
+        if own.is_meta:  # a base whose weights come later: the adapter has its values already
+            self._parameters[attribute] = nn.Parameter(value, own.requires_grad)
+        else:
+            own.data = value.to(own.device)
+
+
+def own_parameters(adapter: Adapter) -> list[nn.Parameter]:
+    """`adapter.parameters()`, which takes ten times as long for the few that most adapters have."""
+    if adapter._modules:
+        return list(adapter.parameters())
+    return [p for p in adapter._parameters.values() if p is not None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,9 +163,9 @@ class Config:
             object.__setattr__(self, "also_train", (self.also_train,))
 
     @property
-    def identity(self) -> bool:
-        """Whether it promises output bit-equal to before at attach."""
-        return True
+    def identity(self) -> Literal["bits", "rounding", "none"]:
+        """How far the output at attach is what it was before: to the bit, but for rounding, or not at all."""
+        return "bits"
 
     # -- what a method says of itself -------------------------------------------------------------------------------
 
@@ -183,6 +203,10 @@ class Config:
     def from_peft(cls, stored: Mapping[str, Any], shapes: Mapping[str, Mapping[str, torch.Size]]) -> Config:
         """The config that `adapter_config.json` describes, given the shapes stored for each site."""
         raise NotImplementedError(f"{cls.__name__} cannot be loaded yet")
+
+    @classmethod
+    def check_peft(cls, stored: Mapping[str, Any]) -> None:
+        """Raise ValueError for flags of an `adapter_config.json` that change what the tensors mean to another method."""
 
     @classmethod
     def tensor_endings(cls) -> Sequence[str]:

@@ -10,6 +10,8 @@ from torch import nn
 
 from peftkit.graft import original_class
 from peftkit.ledger import Ledger
+from peftkit.method import own_parameters
+from peftkit.sites import walk
 
 
 @dataclass(frozen=True)
@@ -95,15 +97,15 @@ class Report:
 
 def report(model: nn.Module, ledger: Ledger | None, names: Sequence[str] | None = None) -> Report:
     """The report of the adapters `names`, or of all."""
-    rows, own = [], set()
+    rows: list[Row] = []
+    acting = [p for a in ledger.attachments.values() if a.name in ledger.switch.names for p in a.parameters()] if ledger else []
     for attachment in ledger.attachments.values() if ledger else ():
-        merged, active = attachment.name in ledger.merged, attachment.name in ledger.switch.names  # type: ignore[union-attr]
-        state = "merged" if merged else "active" if active else "attached"
-        own.update(id(p) for p in attachment.parameters())
         if names is not None and attachment.name not in names:
             continue
+        merged, active = attachment.name in ledger.merged, attachment.name in ledger.switch.names  # type: ignore[union-attr]
+        state = "merged" if merged else "active" if active else "attached"
         for name, adapter in attachment.adapters.items():
-            parameters = list(adapter.parameters())
+            parameters = own_parameters(adapter)
             rows.append(
                 Row(
                     adapter=attachment.name,
@@ -117,11 +119,12 @@ def report(model: nn.Module, ledger: Ledger | None, names: Sequence[str] | None 
                     state=state,
                 )
             )
-    everything = list(model.parameters())
+    # what does not act is not trained; asking it all the same would cost more with every adapter attached
+    base = {id(p): p for s in walk(model) if s.part is None for p in s.module._parameters.values() if p is not None}
     return Report(
         rows=tuple(rows),
-        trained=sum(p.numel() for p in everything if p.requires_grad),
-        total=sum(p.numel() for p in everything if id(p) not in own),
+        trained=sum(p.numel() for p in (*base.values(), *acting) if p.requires_grad),
+        total=sum(p.numel() for p in base.values()),
         path="torch (no Triton kernel is in use yet)",
     )
 

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-CHILD = "peftkit"  # the name under which a grafted module holds its adapters; walks stop there
-
+from peftkit.holder import Graft
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Site:
@@ -58,7 +57,7 @@ def walk(model: nn.Module) -> list[Site]:
             above = above | {id(module)}
             prefix = path + "." if path else ""
             for key, child in module._modules.items():
-                if child is not None and key != CHILD:
+                if child is not None and not isinstance(child, Graft):
                     visit(child, prefix + key, module, above)
 
     visit(model, "", None, frozenset())

@@ -9,6 +9,7 @@ from itertools import product
 
 import pytest
 import torch
+import foreign_methods  # noqa: F401 - registers its methods, as any package may
 from models import CASES, Case, evaluated, output
 from torch import nn
 
@@ -84,6 +85,8 @@ def same_bits(a: nn.Module, b: nn.Module) -> bool:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_law_1_attaching_changes_no_bit_of_the_output(case, config, dtype):
     s = stand(case, config, dtype)
+    if s.config.identity == "none":
+        pytest.skip(f"{type(config).__name__} promises no identity")
     for training in (False, True):
         if training and (case.name in ("llama", "gpt2", "bert") or getattr(config, "dropout", 0)):
             continue  # dropout of their own
@@ -91,7 +94,7 @@ def test_law_1_attaching_changes_no_bit_of_the_output(case, config, dtype):
         s.before.requires_grad_(training and case.read)  # what is read there is a sum that carries gradients
         found = compute(s.model.train(training), s.x)
         expected = compute(s.before.train(training), s.x)
-        if s.config.identity:
+        if s.config.identity == "bits":
             assert torch.equal(found, expected)
         else:
             wider = {torch.float64: 1e-5}.get(dtype, 64 * torch.finfo(dtype).eps)

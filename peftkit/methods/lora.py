@@ -13,11 +13,10 @@ shared, unmerged exactly, and the stored adapter is a plain LoRA of rank 2r on t
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +25,7 @@ from peftkit.graft import underneath
 from peftkit.hosts import ConvHost, EmbeddingHost, Host, LinearHost, host_of, why_no_host
 from peftkit.kernels.lora_linear import lora_linear
 from peftkit.method import Adapter, Config
+from peftkit.peft_patterns import PeftPatterns, compact, pattern_keys
 from peftkit.sites import Site
 from peftkit.targets import PerSite, TargetError
 
@@ -40,6 +40,8 @@ _PEFT_PLAIN: dict[str, tuple[Any, ...]] = {
     "arrow_config": (None,), "target_parameters": (None, []), "kasa_config": (None,), "monteclora_config": (None,),
     "velora_config": (None,),
 }
+# initial values that leave the base as it is, and those whose change of it can be computed again
+_PEFT_INITS = ("gaussian", "eva", "orthogonal", *_FROM_BASE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,8 +94,8 @@ class LoRAConfig(Config, method="lora", peft_type="LORA"):
             raise ValueError(f"dtype: a floating-point dtype, not {self.dtype}")
 
     @property
-    def identity(self) -> bool:
-        return self.init not in _FROM_BASE  # these differ by the rounding of s(BA − B₀A₀)
+    def identity(self) -> Literal["bits", "rounding"]:
+        return "rounding" if self.init in _FROM_BASE else "bits"  # of s(BA − B₀A₀)
 
     def refuses(self, site: Site) -> str | None:
         return why_no_host(site)
@@ -117,8 +119,6 @@ class LoRAConfig(Config, method="lora", peft_type="LORA"):
                 f"dropout={self.dropout} cannot be applied at {site.name!r}: MultiheadAttention reads the weight, so "
                 "there is no input to drop; set dropout=0.0 or exclude it"
             )
-        if self.init in _FROM_BASE and (reason := _why_not_from_base(host)) is not None:
-            raise TargetError(f"init={self.init!r} cannot start from the weight at {site.name!r}: {reason}")
         _check_blocks(shape.blocks, host)
         return LoRAAdapter(host, shape, self)
 
@@ -129,6 +129,8 @@ class LoRAConfig(Config, method="lora", peft_type="LORA"):
             ValueError: r is larger than the rank any change of the weight can have.
         """
         host, shape = host_of(site), plan[site.name]
+        if self.init in _FROM_BASE and (reason := _why_not_from_base(host)) is not None:
+            raise TargetError(f"init={self.init!r} cannot start from the weight at {site.name!r}: {reason}")
         rows = min((b - a for a, b in shape.blocks), default=host.rows)
         largest = min(rows, host.cols) * host.groups
         if shape.r > largest:
@@ -152,16 +154,19 @@ class LoRAConfig(Config, method="lora", peft_type="LORA"):
         return ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B")
 
     def to_peft(self, adapters: Mapping[str, Adapter]) -> dict[str, Any]:
-        shapes = {name: a.as_plain() for name, a in adapters.items() if isinstance(a, LoRAAdapter)}
+        shapes = {path: a.as_plain() for path, a in adapters.items() if isinstance(a, LoRAAdapter)}
         r = Counter(s.r for s in shapes.values()).most_common(1)[0][0]
         alpha = Counter(s.alpha for s in shapes.values()).most_common(1)[0][0]
+        ranks = {path: s.r for path, s in shapes.items() if s.r != r}
+        alphas = {path: s.alpha for path, s in shapes.items() if s.alpha != alpha}
+        keys = pattern_keys(shapes) if ranks or alphas else {}
         return {
             "r": r,
             "lora_alpha": _int_if_whole(alpha),
             "lora_dropout": self.dropout,
             "use_rslora": self.rank_stabilized,
-            "rank_pattern": {n: s.r for n, s in shapes.items() if s.r != r},
-            "alpha_pattern": {n: _int_if_whole(s.alpha) for n, s in shapes.items() if s.alpha != alpha},
+            "rank_pattern": {keys[path]: own for path, own in ranks.items()},
+            "alpha_pattern": {keys[path]: _int_if_whole(own) for path, own in alphas.items()},
             "fan_in_fan_out": any(getattr(a.host, "transposed", False) for a in adapters.values()),  # type: ignore[union-attr]
             "bias": "none",
             "init_lora_weights": True,
@@ -171,28 +176,40 @@ class LoRAConfig(Config, method="lora", peft_type="LORA"):
         }
 
     @classmethod
-    def from_peft(cls, stored: Mapping[str, Any], shapes: Mapping[str, Mapping[str, torch.Size]]) -> LoRAConfig:
+    def check_peft(cls, stored: Mapping[str, Any]) -> None:
         for flag, plain in _PEFT_PLAIN.items():
-            if flag in stored and stored[flag] not in plain:
-                raise ValueError(f"adapter_config.json: {flag}={stored[flag]!r} is not supported by {cls.__name__}")
+            if stored.get(flag) not in (None, *plain):
+                raise ValueError(f"{flag}={stored[flag]!r} is not supported by {cls.__name__}; expected {plain[0]!r}")
         init = stored.get("init_lora_weights", True)
-        if isinstance(init, str) and init.startswith("pissa"):
-            init = "pissa"  # any number of iterations; the exact factors are taken here
-        if init in ("loftq", "corda", "lora_ga"):
+        if not (init is None or isinstance(init, bool) or init in _PEFT_INITS):
             raise ValueError(
-                f"adapter_config.json: init_lora_weights={init!r} changed the base weights it was trained on; convert it "
-                "to plain LoRA with peft's path_initial_model_for_weight_conversion first"
+                f"init_lora_weights={init!r} may have changed the base weights it was trained on, in a way that cannot be "
+                "computed again; convert it to plain LoRA with peft's path_initial_model_for_weight_conversion first"
             )
-        ranks = {name: next(iter(s.values()))[0] for name, s in shapes.items()}
-        patterns = _PeftPatterns(stored.get("alpha_pattern") or {}, stored.get("lora_alpha", 8))
-        alphas = {name: patterns.at(name) for name in shapes}
+
+    @classmethod
+    def from_peft(cls, stored: Mapping[str, Any], shapes: Mapping[str, Mapping[str, torch.Size]]) -> LoRAConfig:
+        rank = PeftPatterns(stored.get("rank_pattern") or {}, stored.get("r", 8))
+        alpha = PeftPatterns(stored.get("alpha_pattern") or {}, stored.get("lora_alpha", 8))
+        ranks, alphas = {}, {}
+        for path, found in shapes.items():
+            # to peft, MultiheadAttention's out_proj is part of its module
+            known = path.removesuffix(".base_layer.out_proj")
+            ranks[path], alphas[path] = rank.at(known), alpha.at(known)
+            for key, shape in found.items():
+                if key in ("lora_A.weight", "lora_embedding_A") and tuple(shape[:1]) != (ranks[path],):
+                    raise ValueError(
+                        f"r is {ranks[path]!r} for {path!r}, but {key} there has the shape {tuple(shape)}; the config and "
+                        "the tensors are not of one adapter"
+                    )
+        init = stored.get("init_lora_weights", True)
         return cls(
-            r=_compact(ranks),
-            alpha=_compact(alphas),
+            r=compact(ranks),
+            alpha=compact(alphas),
             dropout=float(stored.get("lora_dropout") or 0.0),
             init=init if init in _FROM_BASE else "kaiming",
             rank_stabilized=bool(stored.get("use_rslora", False)),
-            targets=tuple(f"^{name}" for name in shapes),
+            targets=tuple(f"^{path}" for path in shapes),
         )
 
 
@@ -228,7 +245,7 @@ class LoRAAdapter(Adapter):
         device = host.device
         self.lora_A = nn.Parameter(torch.empty(a, device=device, dtype=dtype))
         self.lora_B = nn.Parameter(torch.empty(b, device=device, dtype=dtype))
-        self.subtracts = self.starts_from_base = config.init in _FROM_BASE
+        self.subtracts = config.init in _FROM_BASE
         if self.subtracts:
             self.frozen_A = nn.Parameter(torch.empty_like(self.lora_A), requires_grad=False)
             self.frozen_B = nn.Parameter(torch.empty_like(self.lora_B), requires_grad=False)
@@ -264,8 +281,8 @@ class LoRAAdapter(Adapter):
 
     def fused(self, module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         held, own = module._parameters, self._parameters
-        weight: Any = held["weight"]
-        if type(weight) not in _PLAIN:  # quantised or sharded since it was attached
+        weight: Any = held.get("weight")
+        if type(weight) not in _PLAIN:  # quantised, sharded or parametrized since it was attached
             return self.forward(underneath(module), *args, **kwargs)
         x = args[0] if args else next(iter(kwargs.values()))
         if self.transposed:
@@ -276,7 +293,7 @@ class LoRAAdapter(Adapter):
     # -- merging ----------------------------------------------------------------------------------------------------
 
     def why_not_merge(self) -> str | None:
-        return self.host.why_not_merge()
+        return self.host.why_not_merge() or self.host.why_not_hold(self.lora_A)
 
     def delta(self, name: str) -> Tensor:
         a, b = self.factors()
@@ -326,24 +343,30 @@ class LoRAAdapter(Adapter):
     @torch.no_grad()
     def tensors(self) -> dict[str, Tensor]:
         a, b = self.factors()
-        return {self.tensor_names["lora_A"]: a.detach(), self.tensor_names["lora_B"]: b.detach()}
+        return {self.tensor_names["lora_A"]: self.host.to_stored(a.detach()), self.tensor_names["lora_B"]: b.detach()}
 
     def stored_shapes(self) -> dict[str, Sequence[torch.Size]]:
         a, b = self.factors() if self.shape.blocks or self.subtracts else (self.lora_A, self.lora_B)
         key_a, key_b = self.tensor_names.values()
         if not self.subtracts:
-            return {key_a: (a.shape,), key_b: (b.shape,)}
+            return {key_a: (self.host.to_stored(a).shape,), key_b: (b.shape,)}
         # peft stores the trained pair alone, relative to a base that it changes
         return {key_a: (a.shape, self.lora_A.shape), key_b: (b.shape, self.lora_B.shape)}
 
     @torch.no_grad()
     def load_tensors(self, found: Mapping[str, Tensor]) -> None:
-        a, b = found[self.tensor_names["lora_A"]], found[self.tensor_names["lora_B"]]
-        if self.subtracts and a.shape[0] != self.lora_A.shape[0]:
+        a, b = self.host.from_stored(found[self.tensor_names["lora_A"]]), found[self.tensor_names["lora_B"]]
+        if self.subtracts and a.shape[0] == self.lora_A.shape[0]:
+            if (reason := _why_not_from_base(self.host)) is not None:
+                raise ValueError(f"init={self.init!r} is relative to the weight at {self.host.name!r}, but {reason}")
+            self._start_from_base()
+        elif self.subtracts:
             n, m = a.shape[0] // 2, b.shape[1] // 2
-            self.frozen_A.data, self.frozen_B.data = a[n:].contiguous(), -self._own_blocks(b[:, m:])
-            a, b = a[:n].contiguous(), b[:, :m]
-        self.lora_A.data, self.lora_B.data = a, self._own_blocks(b)
+            self.take("frozen_A", a[n:].clone())
+            self.take("frozen_B", -self._own_blocks(b[:, m:]))
+            a, b = a[:n].clone(), b[:, :m]
+        self.take("lora_A", a)
+        self.take("lora_B", self._own_blocks(b))
 
     def _own_blocks(self, b: Tensor) -> Tensor:
         r = self.shape.r
@@ -391,26 +414,3 @@ def _check_blocks(blocks: Blocks, host: Host) -> None:
 
 def _int_if_whole(x: float) -> float | int:
     return int(x) if float(x).is_integer() else x
-
-
-def _compact(values: Mapping[str, Any]) -> Any:
-    distinct = set(values.values())
-    return distinct.pop() if len(distinct) == 1 else {f"^{name}": v for name, v in values.items()}
-
-
-class _PeftPatterns:
-    """peft's rule: the first key, in the file's order, that matches the end of a name by whole components."""
-
-    def __init__(self, patterns: Mapping[str, Any], default: Any):
-        self.values = [*patterns.values(), default]
-        self.literal = {key: i for i, key in enumerate(patterns) if re.fullmatch(r"[\w.]+", key)}
-        self.regex = [
-            (i, re.compile(rf"(.*\.)?({key})$")) for i, key in enumerate(patterns) if key not in self.literal
-        ]
-
-    def at(self, name: str) -> Any:
-        parts = name.split(".")
-        tails = (".".join(parts[i:]) for i in range(len(parts)))
-        found = [self.literal[t] for t in tails if t in self.literal]
-        found += [i for i, regex in self.regex if regex.match(name)]
-        return self.values[min(found, default=-1)]

@@ -8,9 +8,16 @@ import errno
 import os
 import shutil
 import sys
-import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
+
+from peftkit.storage.errors import StorageError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
@@ -19,34 +26,84 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 def replacing(target: Path) -> Iterator[Path]:
     """A new directory beside `target` to write into; put in its place when the block ends well, else removed.
 
-    Files of the old directory that the new one lacks are moved over, so a tokenizer saved beside an adapter stays.
+    Files of the old directory that the new one lacks are carried over, so a tokenizer saved beside an adapter stays.
+    Where `target` is a symbolic link, what it points to is replaced.
 
     Raises:
-        NotADirectoryError: `target` is a file.
+        StorageError: `target` is a file, or its parent cannot be written to.
     """
-    target = Path(os.path.abspath(target))
+    target = Path(os.path.realpath(target))
     if target.exists() and not target.is_dir():
-        raise NotADirectoryError(f"{target} is a file; an adapter is saved as a directory")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".new", dir=target.parent))
+        raise StorageError(f"{target} is a file; an adapter is saved as a directory, so give another path")
+    fresh = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.new")
     try:
-        fresh.chmod(0o777 & ~_umask())
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(target)
+        fresh.mkdir()
+    except OSError as error:
+        raise StorageError(
+            f"{target} cannot be saved: {error}. A new directory is made beside it and put in its place, so "
+            f"{target.parent} must be writable"
+        ) from error
+    lock = _lock(fresh)
+    try:
         yield fresh
+        if target.exists():
+            fresh.chmod(target.stat().st_mode & 0o7777)
+            _carry_over(target, fresh)
         for file in fresh.iterdir():
-            _sync(file)
+            if file.is_file() and not file.is_symlink():
+                _sync(file)
         _sync(fresh)
-        if not target.exists():
-            os.rename(fresh, target)
-            _sync(target.parent)
-            return
-        _exchange(fresh, target)
+        _put_in_place(fresh, target)
         _sync(target.parent)
-        # `fresh` is the old directory now
-        for left in fresh.iterdir():
-            if not (target / left.name).exists():
-                os.rename(left, target / left.name)
     finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(fresh, ignore_errors=True)  # once exchanged, it is the old one
+        if lock is not None:
+            os.close(lock)
+
+
+def _put_in_place(fresh: Path, target: Path) -> None:
+    if not target.exists():
+        os.rename(fresh, target)
+        return
+    here = _working_directory()
+    try:
+        _exchange(fresh, target)
+    except OSError as error:
+        raise StorageError(
+            f"{target} cannot be replaced: {error}. It may be a mount point; save to a directory inside it"
+        ) from error
+    if here is not None and Path(here).is_dir() and (Path(here) == target or target in Path(here).parents):
+        os.chdir(here)  # the directory of that name now, not the one that is about to go
+    _carry_over(fresh, target)  # what came in meanwhile
+
+
+def _working_directory() -> str | None:
+    try:
+        return os.getcwd()
+    except OSError:
+        return None
+
+
+def _carry_over(old: Path, new: Path) -> None:
+    """Give `new` what `old` has and it lacks; `old` keeps it too, so a kill in between loses nothing."""
+    for left in old.iterdir():
+        there = new / left.name
+        if left.is_symlink():
+            if not there.is_symlink() and not there.exists():
+                there.symlink_to(os.readlink(left))
+        elif left.is_dir():
+            if not there.exists():
+                there.mkdir()
+                shutil.copystat(left, there)
+            if there.is_dir():
+                _carry_over(left, there)
+        elif not there.exists():
+            try:
+                os.link(left, there)
+            except OSError:
+                shutil.copy2(left, there)
 
 
 def _exchange(a: Path, b: Path) -> None:
@@ -68,6 +125,34 @@ def _exchange(a: Path, b: Path) -> None:
     os.rename(aside, a)
 
 
+def _lock(directory: Path) -> int | None:
+    """Held until its process ends, however it ends, so that others can tell an abandoned directory."""
+    if fcntl is None:
+        return None
+    fd = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        return None
+    return fd
+
+
+def _remove_abandoned(target: Path) -> None:
+    """What killed saves left beside `target`: nothing is in them that the target lacks."""
+    if not target.exists():
+        return
+    for left in target.parent.glob(f".{_literal(target.name)}.*.new"):
+        lock = _lock(left)
+        if lock is not None:
+            shutil.rmtree(left, ignore_errors=True)
+            os.close(lock)
+
+
+def _literal(name: str) -> str:
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
+
+
 def _sync(path: Path) -> None:
     if path.is_dir() and sys.platform == "win32":
         return
@@ -76,9 +161,3 @@ def _sync(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-def _umask() -> int:
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask

@@ -7,14 +7,14 @@ across dtypes as far as the coarser one tells.
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from peftkit.graft import graft_of
+from peftkit.holder import graft_of
 from peftkit.sites import Site
 
 SAMPLES = 4
@@ -22,14 +22,7 @@ SAMPLES = 4
 
 def fingerprint(sites: Mapping[str, Site]) -> dict[str, Any]:
     """`{"names": …, "dtypes": …, "samples": …}`; weights that are packed or not there are left out."""
-    names, dtypes, picked = [], [], []
-    for name, site in sites.items():
-        weight = _base_weight(site)
-        if weight is not None:
-            names.append(name)
-            dtypes.append(str(weight.dtype).removeprefix("torch."))
-            picked.append(_pick(weight))
-    values = torch.stack(picked).float().cpu().numpy() if picked else np.zeros((0, SAMPLES), np.float32)
+    names, dtypes, values = _sample(sites)
     return {
         "names": names,
         "dtypes": dtypes[0] if len(set(dtypes)) == 1 else dtypes,
@@ -39,44 +32,68 @@ def fingerprint(sites: Mapping[str, Site]) -> dict[str, Any]:
 
 def differing(stored: Mapping[str, Any], sites: Mapping[str, Site]) -> list[str]:
     """Names of sites whose weight is not the one that was stored; what either side could not sample is not compared."""
-    names = stored["names"]
-    dtypes = stored["dtypes"] if isinstance(stored["dtypes"], list) else [stored["dtypes"]] * len(names)
-    values = np.frombuffer(base64.b64decode(stored["samples"]), "<f4").reshape(len(names), SAMPLES)
-    mine = fingerprint(sites)
-    own = dict(zip(mine["names"], np.frombuffer(base64.b64decode(mine["samples"]), "<f4").reshape(-1, SAMPLES), strict=True))
-    own_dtypes = mine["dtypes"] if isinstance(mine["dtypes"], list) else [mine["dtypes"]] * len(own)
-    own_dtype = dict(zip(mine["names"], own_dtypes, strict=True))
-    wrong = []
-    for name, dtype, before in zip(names, dtypes, values, strict=True):
-        now = own.get(name)
-        if now is None:
-            continue
-        if dtype == own_dtype[name]:
-            same = bool((before == now).all())
-        else:
-            eps = max(_eps(dtype), _eps(own_dtype[name]))
-            same = bool((np.abs(before - now) <= eps * np.maximum(np.abs(before), np.abs(now)) + 1e-7).all())
-        if not same:
-            wrong.append(name)
-    return wrong
+    there = stored["names"]
+    before = np.frombuffer(base64.b64decode(stored["samples"]), "<f4").reshape(len(there), SAMPLES)
+    kinds = stored["dtypes"] if isinstance(stored["dtypes"], list) else [stored["dtypes"]] * len(there)
+    names, dtypes, now = _sample(sites)
+    if names != there:
+        at = {name: i for i, name in enumerate(there)}
+        both = [i for i, name in enumerate(names) if name in at]
+        names, dtypes, now = [names[i] for i in both], [dtypes[i] for i in both], now[both]
+        rows = [at[name] for name in names]
+        before, kinds = before[rows], [kinds[i] for i in rows]
+    same = (before == now) | (np.isnan(before) & np.isnan(now))
+    if dtypes != kinds:
+        eps = np.array([[max(_eps(a), _eps(b)) if a != b else 0.0] for a, b in zip(dtypes, kinds, strict=True)])
+        with np.errstate(invalid="ignore"):
+            near = np.abs(before - now) <= eps * np.maximum(np.abs(before), np.abs(now)) + 1e-7
+        same |= near & (eps > 0)
+    return [name for name, good in zip(names, same.all(axis=1), strict=True) if not good]
 
 
 def _eps(dtype: str) -> float:
     return torch.finfo(getattr(torch, dtype)).eps
 
 
+def _sample(sites: Mapping[str, Site]) -> tuple[list[str], list[str], np.ndarray[Any, Any]]:
+    names: list[str] = []
+    dtypes: list[str] = []
+    picked: list[Tensor] = []
+    for name, site in sites.items():
+        weight = _base_weight(site)
+        if weight is not None:
+            names.append(name)
+            dtypes.append(str(weight.dtype).removeprefix("torch."))
+            picked.append(_pick(weight))
+    return names, dtypes, _gathered(picked)
+
+
+@torch.no_grad()
+def _gathered(picked: Sequence[Tensor]) -> np.ndarray[Any, Any]:
+    if not picked:
+        return np.zeros((0, SAMPLES), np.float32)
+    first = picked[0]
+    if any(p.dtype != first.dtype or p.device != first.device for p in picked):
+        picked = [p.float().cpu() for p in picked]
+    return torch.cat(list(picked)).float().cpu().numpy().reshape(-1, SAMPLES)
+
+
 def _base_weight(site: Site) -> Tensor | None:
     graft = graft_of(site.module)
-    weight = graft.kept.get(site.weight_name) if graft is not None else None
+    weight = graft.kept.get(site.weight_name) if graft is not None and graft.kept else None
     if weight is None:
         weight = site.module._parameters.get(site.weight_name)
     if weight is None or type(weight) not in (nn.Parameter, Tensor) or weight.is_meta or weight.numel() == 0:
         return None
-    return weight.detach() if weight.dtype.is_floating_point and weight.dtype.itemsize > 1 else None
+    return weight if weight.dtype.is_floating_point and weight.dtype.itemsize > 1 else None
 
 
+@torch.no_grad()
 def _pick(weight: Tensor) -> Tensor:
-    """Numbers from evenly spread places of the weight, wherever its strides put them."""
-    flat = weight.view(-1) if weight.is_contiguous() else weight.reshape(-1)
-    n = flat.numel()
-    return flat[torch.tensor([(2 * i + 1) * n // (2 * SAMPLES) for i in range(SAMPLES)], device=flat.device)]
+    """Numbers from evenly spread places of the weight, wherever its strides put them: `(SAMPLES,)`."""
+    n = weight.numel()
+    if weight.is_contiguous() and n >= SAMPLES:
+        return weight.as_strided((SAMPLES,), (n // SAMPLES,), weight.storage_offset() + n // (2 * SAMPLES))
+    places = np.arange(SAMPLES) * (n // SAMPLES) + n // (2 * SAMPLES)
+    where = np.unravel_index(places, tuple(weight.shape))
+    return weight[tuple(torch.from_numpy(i).to(weight.device) for i in where)]

@@ -29,13 +29,16 @@ def stem(site: Site) -> str:
 
 
 def module_path(site: Site) -> str:
-    """The name peft knows the site by: a part of a MultiheadAttention is the MultiheadAttention."""
-    return site.name if site.part is None else site.name.rpartition(".")[0]
+    """The path peft knows the site by: what belongs to a MultiheadAttention is the MultiheadAttention."""
+    return site.name if site.part is None and site.reader is None else site.name.rpartition(".")[0]
 
 
-def target_modules(adapted: Iterable[Site], everything: Sequence[Site]) -> list[str]:
-    """Names that mean these modules and no others: last components where that is so, else full paths."""
-    paths = {module_path(s) for s in adapted if not (s.reader is not None and s.part is None)}
+def target_modules(adapted: Iterable[Site], everything: Sequence[Site]) -> list[str] | str:
+    """What means these modules and no others: last components where that is so, else full paths, else one regex.
+
+    In a list, `0` would mean `a.0` too.
+    """
+    paths = {module_path(s) for s in adapted}
     by_last: dict[str, set[str]] = {}
     for site in everything:
         if site.part is None:
@@ -43,43 +46,62 @@ def target_modules(adapted: Iterable[Site], everything: Sequence[Site]) -> list[
     lasts = {p.rpartition(".")[2] for p in paths}
     if all(by_last.get(last, set()) <= paths for last in lasts) and not any(last.isdigit() for last in lasts):
         return sorted(lasts)
+    others = [n for last in lasts for n in by_last.get(last, set()) - paths]
+    if any(n[at + 1 :] in paths for n in others for at in range(len(n)) if n[at] == "."):
+        return "|".join(re.escape(p) for p in sorted(paths))
     return sorted(paths)
 
 
 def peft_targets(stored: Mapping[str, Any]) -> Callable[[str], bool]:
-    """Which module paths the lists of an `adapter_config.json` mean, by peft's rules."""
+    """Which module paths the lists of an `adapter_config.json` mean, by peft's rules.
+
+    Raises:
+        ValueError, TypeError, re.error: a list of another kind than peft's.
+    """
     wanted, excluded = _matcher(stored.get("target_modules")), _matcher(stored.get("exclude_modules"))
-    layers, pattern = stored.get("layers_to_transform"), stored.get("layers_pattern")
-    indices = None if layers is None else {layers} if isinstance(layers, int) else set(layers)
+    whole = [re.compile(rf"(^|.*\.){m}($|\..*)") for m in stored.get("modules_to_save") or ()]
+    in_layers = _layers(stored.get("layers_to_transform"), stored.get("layers_pattern"))
+    listed = stored.get("target_modules")
+    exact = frozenset() if isinstance(listed, str) or not listed else frozenset(listed)
+
+    def means(path: str) -> bool:
+        if not wanted(path) or excluded(path) or any(m.match(path) for m in whole):
+            return False
+        return isinstance(listed, str) or path in exact or in_layers(path)
+
+    return means
+
+
+def _layers(indices: Any, pattern: Any) -> Callable[[str], bool]:
+    chosen = {indices} if isinstance(indices, int) else set(indices or ())
+    if not chosen:
+        return lambda path: True
     patterns = [pattern] if isinstance(pattern, str) else list(pattern or [])
+    regexes = [re.compile(rf"(?:^|.*?\.){p}\.(\d+)\.") for p in patterns if p] or [re.compile(r".*?\.[^.]*\.(\d+)\.")]
 
-    def in_layers(name: str) -> bool:
-        if indices is None:
-            return True
-        found = None
-        for p in patterns:
-            found = found or re.match(rf".*\.{p}\.(\d+)\.", name)
-        if not patterns:
-            found = re.match(r".*\.[^.]*\.(\d+)\.", name)
-        return found is not None and int(found[1]) in indices
+    def in_layers(path: str) -> bool:
+        found = next((m for r in regexes if (m := r.match(path))), None)
+        return found is not None and int(found[1]) in chosen
 
-    return lambda name: wanted(name) and not excluded(name) and in_layers(name)
+    return in_layers
 
 
 def _matcher(value: object) -> Callable[[str], bool]:
     if not value:
-        return lambda name: False
+        return lambda path: False
     if isinstance(value, str):
         regex = re.compile(value)
-        return lambda name: regex.fullmatch(name) is not None
-    names = frozenset(value)  # type: ignore[call-overload]
+        return lambda path: regex.fullmatch(path) is not None
+    if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
+        raise TypeError(f"a list of module names or one regular expression was expected, not {value!r}")
+    names = frozenset(value)
 
-    def matches(name: str) -> bool:
+    def matches(path: str) -> bool:
         start = 0
         while True:
-            if name[start:] in names:
+            if path[start:] in names:
                 return True
-            start = name.find(".", start) + 1
+            start = path.find(".", start) + 1
             if not start:
                 return False
 

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from peftkit.also_train import TokenRows, WholeModule
 from peftkit.ledger import Attachment
 from peftkit.sites import Site, walk
-from peftkit.storage import layout
-from peftkit.storage.digest import digest
+from peftkit.storage import layout, tensorfile
+from peftkit.storage.config import meaning, to_json
+from peftkit.storage.directory import replacing
 from peftkit.storage.errors import StorageError
 from peftkit.storage.fingerprint import fingerprint
 
@@ -25,26 +24,26 @@ def save(model: nn.Module, attachment: Attachment, path: str | os.PathLike[str])
     """Write `attachment` of `model` to the directory `path`, replacing the adapter that is there.
 
     Raises:
-        StorageError: an adapted module is not in the model any more, a value is not finite, or is on the meta device.
+        StorageError: an adapted module is not in the model any more, a value is not finite or on the meta device, the
+            directory cannot be written. What was there is as it was.
     """
-    from peftkit.storage.directory import replacing
-
     everything = walk(model)
     _check_in_place(attachment, everything)
     tensors = _tensors(attachment)
-    config = _config(model, attachment, everything)
+    adapted = _adapted(attachment)
+    peft = _config(model, attachment, adapted, everything)
     own = {
         "version": 1,
-        "config": to_json(attachment.config, attachment),
-        "base": fingerprint(_adapted(attachment)),
-        "digest": digest(tensors, config),
+        "config": to_json(attachment.config, list(adapted)),
+        "peft": meaning(peft),
+        "base": fingerprint(adapted),
     }
+    metadata = {"format": "pt", "peftkit": json.dumps(own, sort_keys=True, separators=(",", ":"))}
     with replacing(Path(path)) as fresh:
-        save_file(tensors, fresh / layout.TENSORS, {"format": "pt", "peftkit": json.dumps(own, sort_keys=True)})
-        (fresh / layout.TENSORS).chmod(0o666 & ~_umask_of(fresh))
-        (fresh / layout.CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        tensorfile.write(fresh / layout.TENSORS, tensors, metadata)
+        (fresh / layout.CONFIG).write_text(json.dumps(peft, indent=2, sort_keys=True) + "\n", "utf-8")
         if not (Path(path) / layout.README).exists():
-            (fresh / layout.README).write_text(_readme(config, tensors))
+            (fresh / layout.README).write_text(_readme(peft, tensors), "utf-8")
 
 
 def _adapted(attachment: Attachment) -> dict[str, Site]:
@@ -65,6 +64,7 @@ def _check_in_place(attachment: Attachment, everything: list[Site]) -> None:
             )
 
 
+@torch.no_grad()
 def _tensors(attachment: Attachment) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, adapter in attachment.adapters.items():
@@ -72,28 +72,22 @@ def _tensors(attachment: Attachment) -> dict[str, Tensor]:
         for key, value in adapter.tensors().items():
             if value.is_meta:
                 raise StorageError(f"{stem}{key} is on the meta device and has no values; reset(model) or load first")
-            tensors[stem + key] = value.contiguous().cpu()
-    floating = [(k, t) for k, t in tensors.items() if t.is_floating_point()]
-    for key, t in floating:
-        if not torch.isfinite(t).all():
-            raise StorageError(f"{key} has values that are not finite; nothing was written")
-    seen: dict[int, str] = {}
-    for key, t in tensors.items():  # what shares memory, as tied copies do, is stored once for each name
-        at = t.untyped_storage().data_ptr()
-        if at in seen and t.numel():
-            tensors[key] = t.clone()
-        seen[at] = key
+            tensors[stem + key] = value
     return tensors
 
 
-def _config(model: nn.Module, attachment: Attachment, everything: list[Site]) -> dict[str, Any]:
-    adapted = _adapted(attachment)
+def _config(
+    model: nn.Module, attachment: Attachment, adapted: dict[str, Site], everything: list[Site]
+) -> dict[str, Any]:
     whole = [n for n, a in attachment.adapters.items() if isinstance(a, WholeModule)]
     rows = {
-        layout.module_path(attachment.sites[n]): a.ids.tolist()  # type: ignore[union-attr]
+        layout.module_path(attachment.sites[n]): a.ids.tolist()
         for n, a in attachment.adapters.items()
         if isinstance(a, TokenRows) and not a.tied
     }
+    by_path: dict[str, Any] = {}
+    for name, site in adapted.items():  # to peft, the parts of a MultiheadAttention are one
+        by_path.setdefault(layout.module_path(site), attachment.adapters[name])
     config = {
         "peft_type": attachment.config.peft_type,
         "auto_mapping": None,
@@ -103,26 +97,11 @@ def _config(model: nn.Module, attachment: Attachment, everything: list[Site]) ->
         "revision": None,
         "target_modules": layout.target_modules(adapted.values(), everything),
         "task_type": None,
-        **attachment.config.to_peft({n: attachment.adapters[n] for n in adapted}),
+        **attachment.config.to_peft(by_path),
     }
     if rows:
         config["trainable_token_indices"] = rows
     return config
-
-
-def to_json(config: Any, attachment: Attachment) -> dict[str, Any]:
-    """The config with everything that peft's does not tell; predicates become the names they chose."""
-    found = {}
-    for key in sorted(config.keys()):
-        value = getattr(config, key)
-        if key in ("targets", "exclude"):
-            parts = value if isinstance(value, tuple) else (value,)
-            if any(callable(p) or isinstance(p, re.Pattern) for p in parts):
-                value = [f"^{n}" for n in _adapted(attachment)] if key == "targets" else None
-        elif isinstance(value, torch.dtype):
-            value = str(value).removeprefix("torch.")
-        found[key] = value
-    return {"method": config.method, **found}
 
 
 def _readme(config: dict[str, Any], tensors: dict[str, Tensor]) -> str:
@@ -135,7 +114,3 @@ def _readme(config: dict[str, Any], tensors: dict[str, Tensor]) -> str:
         "```python\nimport peftkit\npeftkit.load(model, \"path/to/this/directory\")\n```\n\n"
         "peft reads it as well: `PeftModel.from_pretrained(model, \"path/to/this/directory\")`.\n"
     )
-
-
-def _umask_of(directory: Path) -> int:
-    return ~directory.stat().st_mode & 0o777

@@ -1,0 +1,98 @@
+"""What a grafted module holds: its adapters, and the switch that says which of them act."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+from torch import nn
+
+CHILD = "peftkit"  # the name under which a grafted module holds its adapters
+Names = tuple[str, ...]
+
+
+class _PerThread(threading.local):
+    names: Names | None = None  # what acts in this thread alone; None where the thread follows the model
+
+
+class Switch:
+    """Which adapters act: one object for all grafted modules of a model, so that switching is one assignment."""
+
+    def __init__(self, names: Names = ()):
+        self.names = names
+        self.local = _PerThread()
+
+    def acting(self) -> Names:
+        names = self.local.names
+        return self.names if names is None else names
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Switch, (self.names,)
+
+
+class Graft(nn.Module):
+    """The child of a grafted module. Its own children are the adapters, by name (`name:part` on a part).
+
+    Attributes:
+        switch: the model's.
+        merged: keys of the adapters that the weights hold, with the versions of their tensors at merging.
+        kept: the host's parameters as they were before merging.
+    """
+
+    def __init__(self, switch: Switch):
+        super().__init__()
+        self.switch = switch
+        self.merged: dict[str, tuple[int, ...]] = {}
+        self.kept: dict[str, Tensor] = {}
+
+    def forward(self, x: Any) -> Any:
+        """Nothing, for modules that call all of their children in turn."""
+        return x
+
+    def acting(self, names: Names) -> list[Any]:
+        """The adapters of the whole module among `names`, less those the weights hold."""
+        found = []
+        for name in names:
+            adapter = self._modules.get(name)
+            if adapter is not None:
+                if name in self.merged:
+                    self._still_merged(name, adapter)
+                else:
+                    found.append(adapter)
+        return found
+
+    def acting_on_parts(self, names: Names) -> list[Any]:
+        """The same for the adapters on parts of the module."""
+        return self.acting(tuple(k for n in names for k in self._modules if k.startswith(n + ":")))
+
+    def _still_merged(self, key: str, adapter: nn.Module) -> None:
+        if not torch.compiler.is_compiling() and versions(adapter) != self.merged[key]:
+            raise RuntimeError(
+                f"adapter {key!r} was changed while merged, so the merged weight no longer holds it; "
+                "call unmerge(model), and merge(model) again if you want the new values merged"
+            )
+
+    def __repr__(self) -> str:
+        return f"Graft({', '.join(self._modules) or 'no adapters'})"
+
+
+def versions(adapter: nn.Module) -> tuple[int, ...]:
+    """Counters that every in-place change of the adapter's tensors moves."""
+    return tuple(p._version for p in adapter.parameters())
+
+
+class Grafted:
+    """Marks a module whose class was swapped; `__grafted__` is the class it came with."""
+
+    __grafted__: type[nn.Module]
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class the module had before it was grafted."""
+    return getattr(type(module), "__grafted__", type(module))
+
+
+def graft_of(module: nn.Module) -> Graft | None:
+    child = module._modules.get(CHILD)
+    return child if isinstance(child, Graft) else None
