@@ -209,7 +209,10 @@ def lora_linear(
     try:
         base_trains = weight.requires_grad or (bias is not None and bias.requires_grad)
         trains = base_trains or x.requires_grad or a.requires_grad or b.requires_grad
-        if not (dropout or (trains and torch.is_grad_enabled()) or maybe_current_level() is not None):
+        # torch multiplies a tensor without memory with one that has some, and says nothing.
+        is_meta = weight.is_meta or a.is_meta or b.is_meta
+        is_plain = not (dropout or is_meta or (trains and torch.is_grad_enabled()))
+        if is_plain and maybe_current_level() is None:
             y = F.linear(x, weight, bias)
             if bias is not None and bias.numel() != b.shape[0]:
                 raise ValueError("bias")  # which F.linear would have broadcast

@@ -21,6 +21,7 @@ from peftkit.sites import Site
 from peftkit.targets import Patterns, TargetError, nearest
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_TRAINABLE = (nn.Parameter, Tensor)
 _NEVER_CALLED = (nn.Module.forward, nn.ModuleList.forward, nn.ModuleDict.forward)
 
 
@@ -275,8 +276,8 @@ def _why_not_whole(module: nn.Module) -> str | None:
         if any(isinstance(v, Tensor) and v.grad_fn is not None for v in vars(part).values()):
             return f"{where} computes a weight by a hook (weight_norm or the like)"
         for key, p in part._parameters.items():
-            if p is not None and not p.is_floating_point():
-                return f"{key} of {where} is packed {p.dtype}"
+            if p is not None and (not p.is_floating_point() or type(p) not in _TRAINABLE):
+                return f"{key} of {where} is a {type(p).__name__} of {p.dtype}, which cannot be trained"
             if p is not None and p.is_meta and getattr(part, "_hf_hook", None) is not None:
                 return f"{key} of {where} is offloaded by accelerate; attach before offloading"
     return None

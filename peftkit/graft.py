@@ -54,7 +54,7 @@ def _around(module: nn.Module, replacement: Callable[..., Any], *args: Any, **kw
     The class's forward adds none in that case, since the replacement may call it.
     """
     graft = graft_of(module)
-    if graft is None:
+    if graft is None or module.__dict__.get("forward", _NOTHING).args[1] is not replacement:  # replaced in its turn
         return replacement(*args, **kwargs)
     names = graft.switch.acting()
     call = replacement
@@ -70,6 +70,9 @@ def _around(module: nn.Module, replacement: Callable[..., Any], *args: Any, **kw
             "nothing reads the adapted weights; eject the adapter here, or call the forward that was replaced"
         )
     return result
+
+
+_NOTHING = functools.partial(_around, None, None)
 
 
 def _replaced(module: nn.Module, replacement: Callable[..., Any]) -> functools.partial[Any]:
@@ -217,16 +220,16 @@ def freeze(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str]]:
     for module in modules:
         for name, p in module._parameters.items():
             if p is not None and p.requires_grad:
-                p.requires_grad_(False)
+                p.requires_grad = False  # as a method it fails on lazy parameters
                 turned.append((module, name))
     return turned
 
 
 def unfreeze(turned: Iterable[tuple[nn.Module, str]]) -> None:
     for module, name in turned:
-        p = module._parameters.get(name)
+        p = module._parameters[name] if name in module._parameters else None
         if p is not None:
-            p.requires_grad_(True)
+            p.requires_grad = True
 
 
 def underneath(module: nn.Module) -> Callable[..., Any]:

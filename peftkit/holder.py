@@ -42,9 +42,9 @@ class Graft(nn.Module):
 
     def __init__(self, switch: Switch):
         super().__init__()
-        self.switch = switch
-        self.merged: dict[str, tuple[int, ...]] = {}
-        self.kept: dict[str, Tensor] = {}
+        merged: dict[str, tuple[float, ...]] = {}
+        kept: dict[str, Tensor] = {}
+        vars(self).update(switch=switch, merged=merged, kept=kept)  # nn.Module's __setattr__ is slow
 
     def forward(self, x: Any) -> Any:
         """Nothing, for modules that call all of their children in turn."""
@@ -77,9 +77,9 @@ class Graft(nn.Module):
         return f"Graft({', '.join(self._modules) or 'no adapters'})"
 
 
-def versions(adapter: nn.Module) -> tuple[int, ...]:
-    """Counters that every in-place change of the adapter's tensors moves."""
-    return tuple(p._version for p in adapter.parameters())
+def versions(adapter: nn.Module) -> tuple[float, ...]:
+    """Its scale, where it has one, and counters that every in-place change of its tensors moves."""
+    return (getattr(adapter, "scale", 1.0), *(p._version for p in adapter.parameters()))
 
 
 class Grafted:
@@ -94,5 +94,6 @@ def original_class(module: nn.Module) -> type[nn.Module]:
 
 
 def graft_of(module: nn.Module) -> Graft | None:
-    child = module._modules.get(CHILD)
+    children = module._modules  # a scripted module's has no `get`
+    child = children[CHILD] if CHILD in children else None
     return child if isinstance(child, Graft) else None

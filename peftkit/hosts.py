@@ -22,7 +22,7 @@ from peftkit.kernels.lora_linear import lora_delta
 from peftkit.sites import Site
 
 _CHUNK_BYTES = 1 << 20  # fp32 scratch for merging into a half-precision weight
-_HF_CONV1D = "transformers.pytorch_utils.Conv1D"
+_HF_CONV1D = "transformers.pytorch_utils"
 
 
 class ModuleRef:
@@ -84,7 +84,7 @@ class Host(abc.ABC):
     @property
     def device(self) -> torch.device:
         """Where the host computes: its weight's device, or where accelerate's hook brings the weight for a forward."""
-        hook = getattr(self.module, "_hf_hook", None)
+        hook = self.module.__dict__.get("_hf_hook")
         for one in getattr(hook, "hooks", [hook]):
             device = getattr(one, "execution_device", None)
             if device is not None:
@@ -106,6 +106,8 @@ class Host(abc.ABC):
 
     def why_not_dense(self) -> str | None:
         """Why the weight cannot be read or written as plain numbers; None where it can."""
+        if self.module._parameters.get(self.weight_name) is None:
+            return f"its {self.weight_name} is not a parameter any more but computed"
         weight = self.weight
         kind = type(weight)
         if kind not in (nn.Parameter, Tensor):
@@ -193,7 +195,9 @@ class Host(abc.ABC):
         if "forward" in self.module.__dict__:
             return False
         forward: Any = original_class(self.module).forward
-        return forward in _KNOWN_FORWARDS or f"{forward.__module__}.{forward.__qualname__}" == _HF_CONV1D + ".forward"
+        return forward in _KNOWN_FORWARDS or (
+            forward.__qualname__ == "Conv1D.forward" and forward.__module__ == _HF_CONV1D
+        )
 
     @torch.no_grad()
     def _computes_as_expected(self) -> bool:
@@ -214,13 +218,13 @@ class LinearHost(Host):
 
     def __init__(self, site: Site):
         super().__init__(site)
-        self.transposed = site.part is None and _is_hf_conv1d(self.module)
-        shape = self.weight.shape
-        if self.why_not_dense() is None and len(shape) == 2:
+        self.transposed = site.part is None and _is_hf_conv1d(site.module)
+        shape, dense = self.weight.shape, self.why_not_dense() is None
+        if dense and len(shape) == 2:
             self.cols, self.rows = tuple(shape) if self.transposed else tuple(reversed(shape))
         else:  # packed weights have no shape of their own
             self.cols, self.rows = self.module.in_features, self.module.out_features  # type: ignore[assignment]
-        self.intact = not self.read and self.why_not_dense() is None and self.known_forward()
+        self.intact = dense and not self.read and self.known_forward()
 
     def pair_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (r, self.cols), (self.rows, r)
@@ -371,7 +375,7 @@ class ConvHost(Host):
 
 def _is_hf_conv1d(module: nn.Module) -> bool:
     """transformers' Conv1D, known by its make so that transformers is not imported."""
-    return any(f"{c.__module__}.{c.__qualname__}" == _HF_CONV1D for c in type(module).__mro__)
+    return any(c.__qualname__ == "Conv1D" and c.__module__ == _HF_CONV1D for c in type(module).__mro__)
 
 
 _KNOWN_FORWARDS: set[object] = {

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from peftkit.graft import why_not_graft
 from peftkit.holder import Graft, graft_of, versions
 from peftkit.ledger import Attachment, Ledger
 from peftkit.method import Adapter, NotMergeable
@@ -98,7 +99,7 @@ def _tensor(module: nn.Module, name: str) -> Tensor:
 def _check(model: nn.Module, jobs: Sequence[Job]) -> None:
     written: dict[int, bool] = {}  # by storage: whether all that is written there takes the place of what was
     for site, _, _, adapter in jobs:
-        reason = adapter.why_not_merge()
+        reason = why_not_graft(site.module) or adapter.why_not_merge()
         if reason is not None:
             raise NotMergeable(f"{type(adapter).__name__} at {site.name!r} cannot be merged: {reason}")
         for name in adapter.merges:

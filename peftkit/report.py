@@ -123,8 +123,8 @@ def report(model: nn.Module, ledger: Ledger | None, names: Sequence[str] | None 
     base = {id(p): p for s in walk(model) if s.part is None for p in s.module._parameters.values() if p is not None}
     return Report(
         rows=tuple(rows),
-        trained=sum(p.numel() for p in (*base.values(), *acting) if p.requires_grad),
-        total=sum(p.numel() for p in base.values()),
+        trained=sum(p.numel() for p in (*base.values(), *acting) if p.requires_grad and not nn.parameter.is_lazy(p)),
+        total=sum(p.numel() for p in base.values() if not nn.parameter.is_lazy(p)),
         path="torch (no Triton kernel is in use yet)",
     )
 

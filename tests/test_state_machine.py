@@ -59,11 +59,8 @@ class Verbs(RuleBasedStateMachine):
         self.merged: tuple[str, ...] = ()
         self.directory = Path(tempfile.mkdtemp())
         self.saved: dict[str, tuple[dict[str, Tensor], Tensor]] = {}
-        self.calls = 0
-        self.model.up.register_forward_hook(self._count)
-
-    def _count(self, *_):
-        self.calls += 1
+        self.calls = calls = []
+        self.model.up.register_forward_hook(lambda *_: calls.append(1))
 
     def _read(self, name):
         """ΔW of each layer as the adapter's own tensors give it."""
@@ -207,9 +204,9 @@ class Verbs(RuleBasedStateMachine):
 
     @invariant()
     def laws(self):
-        calls = self.calls
+        calls = len(self.calls)
         self._agrees(self.active)
-        assert self.calls == calls + 1  # the hook is where it was
+        assert len(self.calls) == calls + 1  # the hook is where it was
         assert tuple(peftkit.adapters(self.model)) == tuple(self.deltas)
         assert set(peftkit.active(self.model)) == set(self.active)
         own, now = self.base.state_dict(), self.model.state_dict()

@@ -87,7 +87,7 @@ def run(task: Task, adapter: Path, seed: int, progress: Progress, started: float
     model = task.load()
     before, parameters = fingerprint(model), parameter_count(model)
     config = LoRAConfig(r=recipe.r, alpha=recipe.alpha, targets="all-linear", also_train=task.also_train)
-    progress.console.print(str(peftkit.inject(model, config)))
+    progress.console.print(peftkit.inject(model, config).summary())
 
     training_started = time.perf_counter()
     fine_tune(model, task, recipe, train, progress, seed=seed)

@@ -222,20 +222,40 @@ class _Shape:
     blocks: tuple[tuple[int, int], ...] = ()
 
 
+_NAMES = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
+_EMBEDDING_NAMES = {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}
+
+
 class LoRAAdapter(Adapter):
     """One pair. `lora_A: (r in)` — stacked for several row blocks — and `lora_B: (out r)`; a convolution's have its
     kernel's dimensions. `frozen_A` and `frozen_B` are the initial pair where the method subtracts it."""
 
     fast = ("lora_B",)
+    host: Host
+    shape: _Shape
+    init: str
+    dropout: float
+    scale: float
+    rank_stabilized: bool
+    subtracts: bool
+    transposed: bool
 
     def __init__(self, host: Host, shape: _Shape, config: LoRAConfig):
         super().__init__()
-        self.host = host
-        self.shape = shape
-        self.init = config.init
-        self.dropout = config.dropout
-        self.scale = shape.alpha / (math.sqrt(shape.r) if config.rank_stabilized else shape.r)
-        self.rank_stabilized = config.rank_stabilized
+        embedding, subtracts = isinstance(host, EmbeddingHost), config.init in _FROM_BASE
+        vars(self).update(  # at once, since nn.Module's __setattr__ would take longer than all the rest
+            host=host,
+            shape=shape,
+            init=config.init,
+            dropout=config.dropout,
+            scale=shape.alpha / (math.sqrt(shape.r) if config.rank_stabilized else shape.r),
+            rank_stabilized=config.rank_stabilized,
+            subtracts=subtracts,
+            transposed=getattr(host, "transposed", False),
+            can_fuse=host.intact and isinstance(host, LinearHost) and not shape.blocks and not subtracts,
+            merges=(host.weight_name,) if host.why_not_dense() is None else (),
+            tensor_names=_EMBEDDING_NAMES if embedding else _NAMES,
+        )
         base = host.dtype
         dtype = config.dtype or (base if base.itemsize >= 4 else torch.float32)
         a, b = host.pair_shapes(shape.r)
@@ -245,16 +265,9 @@ class LoRAAdapter(Adapter):
         device = host.device
         self.lora_A = nn.Parameter(torch.empty(a, device=device, dtype=dtype))
         self.lora_B = nn.Parameter(torch.empty(b, device=device, dtype=dtype))
-        self.subtracts = config.init in _FROM_BASE
-        if self.subtracts:
+        if subtracts:
             self.frozen_A = nn.Parameter(torch.empty_like(self.lora_A), requires_grad=False)
             self.frozen_B = nn.Parameter(torch.empty_like(self.lora_B), requires_grad=False)
-        embedding = "embedding_" if isinstance(host, EmbeddingHost) else ""
-        behind = "" if embedding else ".weight"
-        self.tensor_names = {"lora_A": f"lora_{embedding}A{behind}", "lora_B": f"lora_{embedding}B{behind}"}
-        self.can_fuse = host.intact and isinstance(host, LinearHost) and not shape.blocks and not self.subtracts
-        self.transposed = getattr(host, "transposed", False)
-        self.merges = (host.weight_name,) if host.why_not_dense() is None else ()
 
     # -- computing --------------------------------------------------------------------------------------------------
 
@@ -312,17 +325,21 @@ class LoRAAdapter(Adapter):
         for name, p in list(self._parameters.items()):
             if p is not None and p.is_meta and device.type != "meta":
                 setattr(self, name, nn.Parameter(torch.empty_like(p, device=device), p.requires_grad))
+        a, b = self.lora_A, self.lora_B
+        if a.is_meta:
+            return
         if self.init in _FROM_BASE:
             self._start_from_base()
         elif isinstance(self.host, EmbeddingHost):
-            nn.init.zeros_(self.lora_A)
-            nn.init.normal_(self.lora_B)
+            a.zero_()
+            b.normal_()
         else:
             if self.init == "gaussian":
-                nn.init.normal_(self.lora_A, std=1 / self.shape.r)
+                a.normal_(std=1 / self.shape.r)
             else:
-                nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-            nn.init.zeros_(self.lora_B)
+                bound = 1 / math.sqrt(a[0].numel())
+                a.uniform_(-bound, bound)
+            b.zero_()
 
     def _start_from_base(self) -> None:
         weight = self.host.matrices(self.host.weight)[0].float()
@@ -340,9 +357,15 @@ class LoRAAdapter(Adapter):
         r, times = self.shape.r, max(1, len(self.shape.blocks)) * (2 if self.subtracts else 1)
         return _Shape(r * times, self.shape.alpha * (math.sqrt(times) if self.rank_stabilized else times))
 
+    @property
+    def halved(self) -> bool:
+        """Whether B is stored as B/2: peft, whose file this is, adds the pair of MultiheadAttention's out_proj twice."""
+        return self.host.read and self.host.weight_name == "weight"
+
     @torch.no_grad()
     def tensors(self) -> dict[str, Tensor]:
         a, b = self.factors()
+        b = b / 2 if self.halved else b
         return {self.tensor_names["lora_A"]: self.host.to_stored(a.detach()), self.tensor_names["lora_B"]: b.detach()}
 
     def stored_shapes(self) -> dict[str, Sequence[torch.Size]]:
@@ -356,6 +379,7 @@ class LoRAAdapter(Adapter):
     @torch.no_grad()
     def load_tensors(self, found: Mapping[str, Tensor]) -> None:
         a, b = self.host.from_stored(found[self.tensor_names["lora_A"]]), found[self.tensor_names["lora_B"]]
+        b = b * 2 if self.halved else b
         if self.subtracts and a.shape[0] == self.lora_A.shape[0]:
             if (reason := _why_not_from_base(self.host)) is not None:
                 raise ValueError(f"init={self.init!r} is relative to the weight at {self.host.name!r}, but {reason}")
