@@ -43,7 +43,10 @@ format: $(STAMPS)/test
 	@$(BIN)/ruff check --fix --quiet . ; $(BIN)/ruff format .
 
 bench: $(STAMPS)/test
-	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+	@set -e; for script in $(filter-out benchmarks/measure.py,$(wildcard benchmarks/*.py)); do \
+		echo "$$script"; $(BIN)/python $$script; \
+	done
+	@$(BIN)/python -m benchmarks.against_peft
 
 clean:
 	rm -rf $(VENV) .cache build *.egg-info

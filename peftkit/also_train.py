@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peftkit.graft import plain_copy
+from peftkit.graft import plain_copy, why_not_graft
 from peftkit.hosts import ModuleRef
 from peftkit.method import Adapter
 from peftkit.sites import Site
@@ -93,7 +93,8 @@ class TokenRows(Adapter):
         self._module = ModuleRef(module)
         self.head = isinstance(module, nn.Linear)
         self.which = tuple(ids)
-        self.register_buffer("ids", torch.tensor(ids, device=weight.device), persistent=False)
+        device = torch.device("cpu") if weight.is_meta else weight.device  # a file has values before the base has
+        self.register_buffer("ids", torch.tensor(ids, device=device), persistent=False)
         self.rows = nn.Parameter(weight.new_empty(len(ids), weight.shape[1])) if rows is None else rows
         self.tied = rows is not None
         if self.tied:
@@ -104,8 +105,11 @@ class TokenRows(Adapter):
         x = args[0] if args else next(iter(kwargs.values()))
         module: Any = self._module()
         if self.head:  # logits of these tokens
-            bias = None if module.bias is None else module.bias[self.ids].to(x.dtype)
-            return y.index_copy(-1, self.ids, F.linear(x, self.rows.to(x.dtype), bias).to(y.dtype))
+            logits = F.linear(x, self.rows.to(x.dtype))
+            if module.bias is not None:  # offloaded, it is there within `base` alone
+                bias = base(x.new_zeros(1, x.shape[-1]))[0] if module.bias.is_meta else module.bias
+                logits = logits + bias[self.ids]
+            return y.index_copy(-1, self.ids, logits.to(y.dtype))
         at = torch.searchsorted(self.ids, x.to(self.ids.dtype)).clamp(max=len(self.ids) - 1)
         hits = self.ids[at] == x
         rows = F.embedding(at, self.rows).to(y.dtype) * getattr(module, "embed_scale", 1.0)
@@ -193,8 +197,11 @@ def wanted(
         also_train if isinstance(also_train, Mapping) else dict.fromkeys(also_train)
     )
     patterns, found, used = Patterns(rows), {}, set()
+    attentions = {n for s in sites if s.part is None and isinstance(s.module, nn.MultiheadAttention) for n in s.names}
     for site in sites:
-        hits = [h for n in site.names for h in patterns.matching(n)] if site.part is None and site.name else []
+        # as a target, an attention's name means its projections too; here it means the module
+        names = [n for n in site.names if site.reader is None or n not in attentions]
+        hits = [h for n in names for h in patterns.matching(n)] if site.part is None and site.name else []
         if not hits:
             continue
         used.update(hits)
@@ -203,7 +210,7 @@ def wanted(
             raise TargetError(f"also_train: {' and '.join(map(repr, hits))} both match {site.name!r} and want different rows")
         if ids is not None:
             ids = _checked_rows(site, ids)
-        elif (reason := _why_not_whole(site.module)) is not None:
+        elif (reason := why_not_graft(site.module) or _why_not_whole(site.module)) is not None:
             raise TargetError(f"also_train: {site.name!r} cannot be trained whole: {reason}")
         found[site] = ids
     for p in rows:

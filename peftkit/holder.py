@@ -6,7 +6,7 @@ import threading
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 CHILD = "peftkit"  # the name under which a grafted module holds its adapters
 Names = tuple[str, ...]
@@ -40,11 +40,13 @@ class Graft(nn.Module):
         kept: the host's parameters as they were before merging.
     """
 
+    switch: Switch
+    merged: dict[str, tuple[float, ...]]
+    kept: dict[str, Tensor]
+
     def __init__(self, switch: Switch):
         super().__init__()
-        merged: dict[str, tuple[float, ...]] = {}
-        kept: dict[str, Tensor] = {}
-        vars(self).update(switch=switch, merged=merged, kept=kept)  # nn.Module's __setattr__ is slow
+        vars(self).update(switch=switch, merged={}, kept={})  # nn.Module's __setattr__ is slow
 
     def forward(self, x: Any) -> Any:
         """Nothing, for modules that call all of their children in turn."""

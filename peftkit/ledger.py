@@ -33,24 +33,20 @@ class Attachment:
     def key(self, site: Site) -> str:
         return self.name if site.part is None else f"{self.name}:{site.part}"
 
-    def parameters(self) -> Iterator[nn.Parameter]:
-        seen: set[int] = set()
-        for adapter in self.adapters.values():
-            for p in own_parameters(adapter):
-                if id(p) not in seen:
-                    seen.add(id(p))
-                    yield p
+    def parameters(self) -> list[nn.Parameter]:
+        """All of its parameters, each once."""
+        return list({id(p): p for a in self.adapters.values() for p in own_parameters(a)}.values())
 
     def rest(self) -> None:
         """Nothing of it is trained while it does not act."""
         if self.trainable and not self.resting:
             self.resting = [p for p in self.parameters() if p.requires_grad]
             for p in self.resting:
-                p.requires_grad_(False)
+                p.requires_grad = False
 
     def wake(self) -> None:
         for p in self.resting:
-            p.requires_grad_(True)
+            p.requires_grad = True
         self.resting = []
 
 
@@ -105,7 +101,9 @@ class Ledger:
                 made = graft(site.module, self.switch)
                 key = attachment.key(site)
                 hung.append((site, key))
-                made._modules[key] = adapter.train(site.module.training)
+                if adapter.training != site.module.training:  # else what is in it may have modes of its own
+                    adapter.train(site.module.training)
+                made._modules[key] = adapter
             self._graft_readers(everything, attachment)
             attachment.undo = attachment.config.setup(model)
         except BaseException:

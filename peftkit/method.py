@@ -43,7 +43,7 @@ class Adapter(nn.Module):
         replaces: it takes the host's place rather than adding to it, so that only one may act at a time.
     """
 
-    tensor_names: ClassVar[Mapping[str, str]] = {}
+    tensor_names: Mapping[str, str] = {}
     fast: ClassVar[tuple[str, ...]] = ()
     replaces: ClassVar[bool] = False
 

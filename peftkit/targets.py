@@ -13,7 +13,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from torch import nn
 
@@ -272,7 +272,7 @@ class PerSite(Generic[T]):
 
     def __init__(self, value: T | Mapping[str, T], field: str):
         self._field = field
-        self._mapping: Mapping[str, T] | None = value if isinstance(value, Mapping) else None
+        self._mapping: Mapping[Any, T] | None = value if isinstance(value, Mapping) else None
         self._value = value
         self._patterns = Patterns(self._mapping) if self._mapping is not None else None
         self._used: set[Pattern] = set()

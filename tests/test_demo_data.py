@@ -51,9 +51,7 @@ def test_skipping_gives_texts_that_the_usual_draw_does_not_have():
     assert not {r.text for part in usual for r in part} & {r.text for part in other for r in part}
 
 
-@pytest.mark.parametrize(
-    ("sizes", "message"), [((150, 60), "210 balanced reviews"), ((3,), r"even sizes.*3")]
-)
+@pytest.mark.parametrize(("sizes", "message"), [((150, 60), "210 balanced reviews"), ((3,), r"even sizes.*3")])
 def test_a_split_that_cannot_be_is_refused(sizes: tuple[int, ...], message: str):
     with pytest.raises(ValueError, match=message):
         split(REVIEWS, *sizes)

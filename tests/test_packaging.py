@@ -86,9 +86,7 @@ def test_every_module_imports(how: str, built: Callable[[str], Path], tmp_path: 
             wheel.extractall(place)
     else:
         place = ROOT
-    names = [
-        name.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for name in MODULES + KERNELS
-    ]
+    names = [name.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for name in MODULES + KERNELS]
     script = f"""
 import importlib
 for name in {names!r}:

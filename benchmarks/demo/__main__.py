@@ -29,7 +29,7 @@ from peftkit import LoRAConfig
 from .checks import Check, check_adapter, fingerprint
 from .data import SDIST, read_reviews, split
 from .tasks import MiniLM, SmolLM2, Task
-from .training import accuracy, all_logits, fine_tune, in_length_order, progress_display
+from .training import accuracy, all_logits, fine_tune, in_length_order, progress_display, watched
 
 CACHE = Path(".cache")
 TASKS: dict[str, Callable[[], Task]] = {"minilm": MiniLM, "smollm2": partial(SmolLM2, CACHE)}
@@ -52,7 +52,7 @@ class Outcome:
 
 def main() -> int:
     """Run one task; see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.demo", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.demo", description="Fine-tune a real model with LoRA.")
     parser.add_argument("--model", choices=sorted(TASKS), default="minilm")
     parser.add_argument("--seed", type=int, default=0, help="of new layers and of the order of texts")
     parser.add_argument("--write", action="store_true", help="keep the outcome in benchmarks/results")
@@ -80,7 +80,7 @@ def run(task: Task, adapter: Path, seed: int, progress: Progress, started: float
         return accuracy(all_logits(model, task, exam, progress, f"held out, {note}"), exam)
 
     rival = task.load()
-    task.fit_rival(rival, in_length_order(task, train))
+    task.fit_rival(rival, watched(in_length_order(task, train), progress, "fitting the probe"))
     base_accuracy = held_out_accuracy(rival, "base")
     del rival
 

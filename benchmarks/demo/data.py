@@ -83,9 +83,7 @@ def length_sorted(lengths: Sequence[int], size: int) -> list[list[int]]:
     return list(_chunks(sorted(range(len(lengths)), key=lengths.__getitem__), size))
 
 
-def length_bucketed(
-    lengths: Sequence[int], size: int, rng: random.Random, *, window: int = 16
-) -> list[list[int]]:
+def length_bucketed(lengths: Sequence[int], size: int, rng: random.Random, *, window: int = 16) -> list[list[int]]:
     """One epoch of random batches whose texts are of like length.
 
     Texts are shuffled, sorted within windows of `window` batches, and the batches shuffled again: the

@@ -118,7 +118,7 @@ class MiniLM(Task):
 
     title = "MiniLM-L6 (BERT, 22.7 M)"
     rival = "frozen body, linear probe"
-    recipe = Recipe(train=2000, held_out=1000, checked=1000, steps=126, batch=32, lr=2e-3)
+    recipe = Recipe(train=2000, held_out=1000, checked=200, steps=126, batch=32, lr=2e-3)
     also_train = ("classifier",)
     pad_id = 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Iterator, Sequence
+from itertools import islice
 
 import torch
 from rich.progress import (
@@ -32,6 +33,14 @@ def progress_display() -> Progress:
         TimeElapsedColumn(),
         TextColumn("{task.fields[note]}"),
     )
+
+
+def watched(batches: Sequence[Batch], progress: Progress, description: str) -> Iterator[Batch]:
+    """The batches, with a line on the display that begins when they do."""
+    bar = progress.add_task(description, total=len(batches), note="")
+    for batch in batches:
+        yield batch
+        progress.advance(bar)
 
 
 def in_length_order(task: Task, reviews: Sequence[Review], size: int = 32) -> list[Batch]:
@@ -65,9 +74,7 @@ def fine_tune(
     bar = progress.add_task("fine-tuning with LoRA", total=recipe.steps, note="")
     recent: deque[float] = deque(maxlen=16)
     model.train()
-    for _, batch in zip(
-        range(recipe.steps), in_random_order(task, reviews, recipe.batch, seed), strict=False
-    ):
+    for batch in islice(in_random_order(task, reviews, recipe.batch, seed), recipe.steps):
         loss = F.cross_entropy(task.logits(model, batch), batch.labels)
         loss.backward()
         optimizer.step()
@@ -79,16 +86,9 @@ def fine_tune(
 
 
 @torch.inference_mode()
-def all_logits(
-    model: nn.Module, task: Task, batches: Sequence[Batch], progress: Progress, description: str
-) -> Tensor:
+def all_logits(model: nn.Module, task: Task, batches: Sequence[Batch], progress: Progress, description: str) -> Tensor:
     """`texts 2`, in the order of the batches."""
-    bar = progress.add_task(description, total=len(batches), note="")
-    outputs = []
-    for batch in batches:
-        outputs.append(task.logits(model, batch))
-        progress.advance(bar)
-    return torch.cat(outputs)
+    return torch.cat([task.logits(model, batch) for batch in watched(batches, progress, description)])
 
 
 def accuracy(logits: Tensor, batches: Sequence[Batch]) -> float:
@@ -97,7 +97,5 @@ def accuracy(logits: Tensor, batches: Sequence[Batch]) -> float:
     return (logits.argmax(-1) == labels).double().mean().item()
 
 
-def _select(
-    task: Task, reviews: Sequence[Review], encoded: Sequence[list[int]], rows: Sequence[int]
-) -> Batch:
+def _select(task: Task, reviews: Sequence[Review], encoded: Sequence[list[int]], rows: Sequence[int]) -> Batch:
     return task.collate([encoded[row] for row in rows], [reviews[row].label for row in rows])

@@ -273,18 +273,23 @@ class LoRAAdapter(Adapter):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A and B of the one plain pair that this adapter amounts to."""
-        a, b = self.lora_A, self.lora_B
-        if self.shape.blocks:
-            r, blocks = self.shape.r, self.shape.blocks
-            pieces = b.split([stop - start for start, stop in blocks])
-            whole = b.new_zeros(self.host.rows, r * len(blocks))
-            for i, ((start, stop), piece) in enumerate(zip(blocks, pieces, strict=True)):
-                before = torch.nn.functional.pad(piece, (r * i, r * (len(blocks) - i - 1), start, self.host.rows - stop))
-                whole = whole + before
-            b = whole
+        a, b = self.lora_A, self._in_place(self.lora_B)
         if self.subtracts:
-            a, b = torch.cat([a, self.frozen_A]), torch.cat([b, -self.frozen_B], dim=1)
+            a, b = torch.cat([a, self.frozen_A]), torch.cat([b, -self._in_place(self.frozen_B)], dim=1)
         return a, b
+
+    def _in_place(self, b: Tensor) -> Tensor:
+        """B of several row blocks with each at its rows and its columns, and zeros between."""
+        r, blocks = self.shape.r, self.shape.blocks
+        if not blocks:
+            return b
+        pieces = b.split([stop - start for start, stop in blocks])
+        whole = b.new_zeros(self.host.rows, r * len(blocks))
+        for i, ((start, stop), piece) in enumerate(zip(blocks, pieces, strict=True)):
+            whole = whole + torch.nn.functional.pad(
+                piece, (r * i, r * (len(blocks) - i - 1), start, self.host.rows - stop)
+            )
+        return whole
 
     def forward(self, base: Any, *args: Any, **kwargs: Any) -> Tensor:
         y = base(*args, **kwargs)

@@ -8,6 +8,7 @@ import errno
 import os
 import shutil
 import sys
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
+_YOUNG = 10.0  # seconds within which another process may not have locked its directory yet
 
 
 @contextlib.contextmanager
@@ -129,7 +131,10 @@ def _lock(directory: Path) -> int | None:
     """Held until its process ends, however it ends, so that others can tell an abandoned directory."""
     if fcntl is None:
         return None
-    fd = os.open(directory, os.O_RDONLY)
+    try:
+        fd = os.open(directory, os.O_RDONLY)
+    except OSError:  # gone meanwhile
+        return None
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -143,6 +148,9 @@ def _remove_abandoned(target: Path) -> None:
     if not target.exists():
         return
     for left in target.parent.glob(f".{_literal(target.name)}.*.new"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime < _YOUNG:
+                continue
         lock = _lock(left)
         if lock is not None:
             shutil.rmtree(left, ignore_errors=True)

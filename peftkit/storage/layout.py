@@ -74,6 +74,8 @@ def peft_targets(stored: Mapping[str, Any]) -> Callable[[str], bool]:
 
 def _layers(indices: Any, pattern: Any) -> Callable[[str], bool]:
     chosen = {indices} if isinstance(indices, int) else set(indices or ())
+    if isinstance(indices, str | dict) or not all(isinstance(i, int) for i in chosen):
+        raise TypeError(f"layers_to_transform is {indices!r}, expected a list of layer indices")
     if not chosen:
         return lambda path: True
     patterns = [pattern] if isinstance(pattern, str) else list(pattern or [])

@@ -173,6 +173,8 @@ def _rows(folder: Path, listed: Any, rest: Mapping[str, Tensor], tensors: dict[s
     if not listed:
         return {}
     keys = [k for k in rest if k.endswith("." + _ROWS)]
+    if not isinstance(listed, Mapping | list):
+        raise TypeError(f"trainable_token_indices is {listed!r}, expected lists of token ids")
     if not isinstance(listed, Mapping):  # of the input embedding, whatever it is called
         listed = {k[len(layout.PREFIX) : -len(_ROWS) - 1]: listed for k in keys}
     found = {}

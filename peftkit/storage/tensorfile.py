@@ -182,7 +182,7 @@ def _entry(key: str, value: object) -> tuple[str, torch.dtype, list[int], int, i
         raise StorageError(f"{key} has the unknown dtype {value['dtype']!r}")
     if not isinstance(shape, list) or not isinstance(span, list) or len(span) != 2:
         raise StorageError(f"{key} has the shape {shape!r} at {span!r}")
-    if not all(type(n) is int and n >= 0 for n in (*shape, *span)):
+    if not all(type(n) is int and 0 <= n < 2**63 for n in (*shape, *span)):
         raise StorageError(f"{key} has the shape {shape!r} at {span!r}, expected whole numbers of at least 0")
     if span[1] - span[0] != math.prod(shape) * dtype.itemsize:
         raise StorageError(f"{key} of shape {shape} and {dtype} takes {span[1] - span[0]} bytes")

@@ -81,7 +81,7 @@ def _config(
 ) -> dict[str, Any]:
     whole = [n for n, a in attachment.adapters.items() if isinstance(a, WholeModule)]
     rows = {
-        layout.module_path(attachment.sites[n]): a.ids.tolist()
+        layout.module_path(attachment.sites[n]): list(a.which)
         for n, a in attachment.adapters.items()
         if isinstance(a, TokenRows) and not a.tied
     }
