@@ -21,7 +21,7 @@ from peftkit.holder import original_class
 from peftkit.kernels.lora_linear import lora_delta
 from peftkit.sites import Site
 
-_CHUNK_BYTES = 1 << 20  # fp32 scratch for merging into a half-precision weight
+_CHUNK_BYTES = 1 << 18  # fp32 scratch for merging into a half-precision weight; stays in the cache
 _HF_CONV1D = "transformers.pytorch_utils"
 
 
@@ -157,16 +157,17 @@ class Host(abc.ABC):
 
     @torch.no_grad()
     def add_pair_(self, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
-        """`weight += scale · BA` in place, rounded once; scratch of at most 1 MiB beside the operands."""
+        """`weight += scale · BA` in place, rounded once; scratch of at most 256 KiB beside the operands."""
         for w, (am, bm) in zip(self.matrices(weight), self.pair_matrices(a, b), strict=True):
             am, bm = am.to(w.device), bm.to(w.device)
             if w.dtype == torch.promote_types(w.dtype, am.dtype):
                 w.addmm_(bm.to(w.dtype), am.to(w.dtype), alpha=scale)
                 continue
             rows = max(1, _CHUNK_BYTES // (4 * max(1, w.shape[1])))
-            for start in range(0, w.shape[0], rows):
-                part = w[start : start + rows]
-                part.copy_(torch.addmm(part.to(am.dtype), bm[start : start + rows].to(am.dtype), am, alpha=scale))
+            scratch = torch.empty(min(rows, w.shape[0]), w.shape[1], device=w.device, dtype=am.dtype)
+            for part, b_part in zip(w.split(rows), bm.to(am.dtype).split(rows), strict=True):
+                wide = scratch[: len(part)].copy_(part)
+                part.copy_(wide.addmm_(b_part, am, alpha=scale))
 
     # -- what the module should compute -----------------------------------------------------------------------------
 

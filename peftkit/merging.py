@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from peftkit.graft import why_not_graft
 from peftkit.holder import Graft, graft_of, versions
 from peftkit.ledger import Attachment, Ledger
-from peftkit.method import Adapter, NotMergeable
+from peftkit.method import Adapter, NotMergeable, own_parameters
 from peftkit.sites import Site, walk
 
 Job = tuple[Site, Graft, str, Adapter]  # where, what holds it, the adapter's key there, the adapter
@@ -131,6 +132,14 @@ def _storage(tensor: Tensor) -> int:
 
 def _check_finite(jobs: Sequence[Job]) -> None:
     for site, _, key, adapter in jobs:
-        for name, value in adapter.named_parameters():
-            if value.is_floating_point() and not value.is_meta and not torch.isfinite(value).all():
+        for value in own_parameters(adapter):
+            if not _finite(value):
+                name = next(n for n, p in adapter.named_parameters() if p is value)
                 raise ValueError(f"adapter {key!r} at {site.name!r} has values in {name} that are not finite; nothing merged")
+
+
+def _finite(value: Tensor) -> bool:
+    if not value.is_floating_point() or value.is_meta:
+        return True
+    # the sum tells in one pass; it can also overflow, and then each number is asked
+    return math.isfinite(value.sum()) or bool(torch.isfinite(value).all())

@@ -99,7 +99,7 @@ class Adapter(nn.Module):
         return {key: (t.shape,) for key, t in self.tensors().items()}
 
     def load_tensors(self, found: Mapping[str, Tensor]) -> None:
-        """Take over stored tensors of the right shapes; they keep their dtype."""
+        """Take over stored tensors of the right shapes; they keep their dtype. Called without gradients."""
         for attribute, key in self.tensor_names.items():
             self.take(attribute, found[key])
 

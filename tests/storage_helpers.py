@@ -47,6 +47,7 @@ def moved(model: nn.Module, parameters: Any, seed: int = 1) -> nn.Module:
     with torch.no_grad():
         for p in parameters:
             p.add_(0.3 * torch.randn(p.shape, generator=generator).to(p.dtype))
+            p.view(-1)[-1] = -0.0  # equal to 0, but not its bits
     return model
 
 

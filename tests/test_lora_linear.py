@@ -70,9 +70,7 @@ def assert_as_good_as(found, plain, truth, room=(0, 0, 0, 0)):
 
 def roundings(function, given, dy):
     """Two roundings of every term: what the results would be if nothing cancelled, times the dtype's step."""
-    magnitudes = tuple(
-        t if t is None else t.detach().abs().requires_grad_(t.requires_grad) for t in wide(given)
-    )
+    magnitudes = tuple(t if t is None else t.detach().abs().requires_grad_(t.requires_grad) for t in wide(given))
     results = with_gradients(function, magnitudes, dy.double().abs())
     return [2 * torch.finfo(dy.dtype).eps * t.norm().item() for t in results]
 
@@ -238,6 +236,9 @@ def test_second_derivatives(path):
         torch.manual_seed(1)
         return lora_linear(leaves[0], *given[1:3], *leaves[1:], SCALE, 0.4)
 
+    y = probed(*leaves).sin().sum()
+    plain, again = (torch.autograd.grad(y, leaves, retain_graph=True, create_graph=again) for again in (False, True))
+    torch.testing.assert_close(again, plain)
     assert torch.autograd.gradgradcheck(probed, leaves)
 
 
@@ -261,8 +262,8 @@ def mask_of(shape, dropout, seed):
     return y.detach()
 
 
-@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)])
-@pytest.mark.parametrize("lead", [(64,), (3, 37)])
+@pytest.mark.parametrize("dtypes", [(torch.float32,) * 2, (torch.bfloat16, torch.float32), (torch.bfloat16,) * 2])
+@pytest.mark.parametrize("lead", [(64,), (3, 37), (4000,)])
 def test_dropout_with_the_same_mask(path, dtypes, lead):
     given = inputs(lead, dtype=dtypes[0], master=dtypes[1], seed=0)
     dy = torch.randn(*lead, 24, dtype=dtypes[0])
@@ -369,8 +370,7 @@ def test_trained_base(path):
         leaves = [t for t in (x, weight, bias, a, b) if t is not frozen]
         frozen.requires_grad_(False)
         ours, plain = (
-            torch.autograd.grad(f(x, weight, bias, a, b, SCALE).sin().sum(), leaves)
-            for f in (lora_linear, reference)
+            torch.autograd.grad(f(x, weight, bias, a, b, SCALE).sin().sum(), leaves) for f in (lora_linear, reference)
         )
         torch.testing.assert_close(ours, plain)
         frozen.requires_grad_(True)
@@ -380,9 +380,7 @@ def test_trained_base(path):
 @pytest.mark.parametrize("dtypes", list(itertools.product((torch.float32, torch.bfloat16), repeat=3)))
 def test_autocast_is_torchs(path, amp, dtypes):
     x, weight, bias, a, b = inputs(seed=0)
-    x, a, b = (
-        t.detach().to(dtype).requires_grad_() for t, dtype in ((x, dtypes[0]), (a, dtypes[2]), (b, dtypes[2]))
-    )
+    x, a, b = (t.detach().to(dtype).requires_grad_() for t, dtype in ((x, dtypes[0]), (a, dtypes[2]), (b, dtypes[2])))
     given = (x, weight.to(dtypes[1]), bias.to(dtypes[1]), a, b)
     results = []
     for function in (lora_linear, reference):

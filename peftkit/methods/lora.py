@@ -286,9 +286,7 @@ class LoRAAdapter(Adapter):
         pieces = b.split([stop - start for start, stop in blocks])
         whole = b.new_zeros(self.host.rows, r * len(blocks))
         for i, ((start, stop), piece) in enumerate(zip(blocks, pieces, strict=True)):
-            whole = whole + torch.nn.functional.pad(
-                piece, (r * i, r * (len(blocks) - i - 1), start, self.host.rows - stop)
-            )
+            whole[start:stop, r * i : r * (i + 1)] = piece
         return whole
 
     def forward(self, base: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -381,7 +379,6 @@ class LoRAAdapter(Adapter):
         # peft stores the trained pair alone, relative to a base that it changes
         return {key_a: (a.shape, self.lora_A.shape), key_b: (b.shape, self.lora_B.shape)}
 
-    @torch.no_grad()
     def load_tensors(self, found: Mapping[str, Tensor]) -> None:
         a, b = self.host.from_stored(found[self.tensor_names["lora_A"]]), found[self.tensor_names["lora_B"]]
         b = b * 2 if self.halved else b

@@ -55,6 +55,7 @@ def _eps(dtype: str) -> float:
     return torch.finfo(getattr(torch, dtype)).eps
 
 
+@torch.no_grad()
 def _sample(sites: Mapping[str, Site]) -> tuple[list[str], list[str], np.ndarray[Any, Any]]:
     names: list[str] = []
     dtypes: list[str] = []
@@ -68,7 +69,6 @@ def _sample(sites: Mapping[str, Site]) -> tuple[list[str], list[str], np.ndarray
     return names, dtypes, _gathered(picked)
 
 
-@torch.no_grad()
 def _gathered(picked: Sequence[Tensor]) -> np.ndarray[Any, Any]:
     if not picked:
         return np.zeros((0, SAMPLES), np.float32)
@@ -88,7 +88,6 @@ def _base_weight(site: Site) -> Tensor | None:
     return weight if weight.dtype.is_floating_point and weight.dtype.itemsize > 1 else None
 
 
-@torch.no_grad()
 def _pick(weight: Tensor) -> Tensor:
     """Numbers from evenly spread places of the weight, wherever its strides put them: `(SAMPLES,)`."""
     n = weight.numel()

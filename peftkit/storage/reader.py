@@ -154,11 +154,11 @@ def _grouped(
     """All tensors; those that end as the method's do, by stem; and the others."""
     sites: dict[str, dict[str, Tensor]] = {}
     rest: dict[str, Tensor] = {}
-    endings = method.tensor_endings()
+    endings = [(f".{e}", e) for e in method.tensor_endings()]
     for key, t in found.items():
         if not key.startswith(layout.PREFIX):
             raise StorageError(f"{file}: unexpected {key}: keys begin with {layout.PREFIX!r}")
-        ending = next((e for e in endings if key.endswith(e) and key[-len(e) - 1] == "."), None)
+        ending = next((e for dotted, e in endings if key.endswith(dotted)), None)
         if ending is None:
             rest[key] = t
             continue
@@ -295,6 +295,7 @@ def _also(stored: Stored, everything: Sequence[Site]) -> dict[Site, Sequence[int
     return also
 
 
+@torch.no_grad()
 def fill(stored: Stored, attachment: Attachment) -> None:
     """Give the adapters their tensors.
 
@@ -305,7 +306,9 @@ def fill(stored: Stored, attachment: Attachment) -> None:
     _untie(stored, attachment)
     for name, adapter in attachment.adapters.items():
         site = attachment.sites[name]
-        stems = [layout.stem(site), *(f"{layout.PREFIX}{a}." for a in site.aliases if site.part is None)]
+        stems = [layout.stem(site)]
+        if site.part is None:
+            stems += [f"{layout.PREFIX}{a}." for a in site.aliases]
         whole = isinstance(adapter, WholeModule | TokenRows)
         kinds = adapter.tensors() if whole else {}
         taken = {}

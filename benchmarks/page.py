@@ -1,0 +1,97 @@
+"""The page of figures, made from the result files alone: `python -m benchmarks.page` writes `docs/benchmarks.md`."""
+
+from __future__ import annotations
+
+import json
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import RESULTS
+
+PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+
+HEAD = """# Figures
+
+Every figure here comes from a result file in `benchmarks/results`, written by the script named beside it, and this page is
+made from those files by `python -m benchmarks.page`. What is compared ran in one process, taking turns; medians, one thread.
+Absolute times mean little: read the ratios.
+
+No figure of a GPU is here: not measured.
+"""
+
+
+def main() -> None:
+    """Write the page."""
+    PAGE.write_text(page())
+
+
+def page() -> str:
+    """The text of `docs/benchmarks.md`."""
+    parts = [HEAD]
+    for name, title, script, render in SECTIONS:
+        path = RESULTS / f"{name}.json"
+        if path.exists():
+            found = json.loads(path.read_text())
+            parts.append(f"## {title}\n\n`{script}`; {_machine(found['machine'])}.\n\n{render(found['rows'])}")
+    return "\n".join(parts)
+
+
+def _machine(found: dict[str, Any]) -> str:
+    versions = ", ".join(f"{k} {found[k]}" for k in ("torch", "peft", "transformers") if k in found)
+    return f"{found['cpu']}, {found['threads']} thread{'s' if found['threads'] > 1 else ''}, {versions}"
+
+
+def _against_peft(rows: list[dict[str, Any]]) -> str:
+    verdict = {True: "met", False: "**missed**", None: ""}
+    lines = [
+        (r["what"], f"{_figure(r['measured'])} {r['unit']}", _figure(r["limit"]), verdict[r["met"]]) for r in rows
+    ]
+    return _table(("what", "measured", "at most", ""), lines)
+
+
+def _lora_linear(rows: list[dict[str, Any]]) -> str:
+    lines = []
+    for case, group in groupby(rows, key=lambda r: r["case"]):
+        for r in group:
+            saved = "" if r["saved_mib"] is None else f"{r['saved_mib']:.2f}"
+            errors = (f"{r['errors'][k]:.1e}" if k in r["errors"] else "" for k in ("y", "dX", "dA", "dB"))
+            lines.append((case, r["name"], f"{r['ratio']:.2f}", saved, *errors))
+            case = ""
+    return _table(("case", "by", "over the frozen base", "saved MiB", "error y", "dX", "dA", "dB"), lines)
+
+
+def _demo(r: dict[str, Any]) -> str:
+    lines = [
+        ("held-out accuracy without the adapter", f"{r['base_accuracy']:.1%}"),
+        ("held-out accuracy, LoRA on every Linear", f"{r['tuned_accuracy']:.1%}"),
+        ("parameters trained", f"{r['trained_parameters']:,} beside {r['all_parameters']:,}"),
+        ("seconds, training and in all", f"{r['training_seconds']:.0f}, {r['seconds']:.0f}"),
+        ("peak memory of the process", f"{r['peak_bytes'] / 1e9:.2f} GB"),
+        ("adapter on disk", f"{r['adapter_bytes'] / 1e6:.2f} MB"),
+        *((c["name"], f"{'yes' if c['held'] else '**no**'}; {c['finding']}") for c in r["checks"]),
+    ]
+    return _table(("what", ""), lines)
+
+
+def _figure(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"1/{1 / value:.3g}" if 0 < value < 0.4 else f"{value:.3g}"
+
+
+def _table(head: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
+    rows = [head, tuple("---" for _ in head), *lines]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
+
+
+SECTIONS = (
+    ("against_peft", "The verbs, beside peft", "python -m benchmarks.against_peft --full", _against_peft),
+    ("lora_linear-cpu", "The LoRA linear", "python benchmarks/lora_linear.py", _lora_linear),
+    ("demo-minilm", "The main job: MiniLM-L6", "make demo", _demo),
+    ("demo-smollm2", "The main job: SmolLM2-135M", "make demo MODEL=smollm2", _demo),
+)
+
+
+if __name__ == "__main__":
+    main()
