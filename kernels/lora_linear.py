@@ -207,12 +207,16 @@ def lora_linear(
     Raises a TypeError or ValueError that names the argument which does not fit.
     """
     try:
-        base_trains = weight.requires_grad or (bias is not None and bias.requires_grad)
-        trains = base_trains or x.requires_grad or a.requires_grad or b.requires_grad
+        trains = torch.is_grad_enabled() and (
+            x.requires_grad
+            or a.requires_grad
+            or b.requires_grad
+            or weight.requires_grad
+            or (bias is not None and bias.requires_grad)
+        )
         # torch multiplies a tensor without memory with one that has some, and says nothing.
         is_meta = weight.is_meta or a.is_meta or b.is_meta
-        is_plain = not (dropout or is_meta or (trains and torch.is_grad_enabled()))
-        if is_plain and maybe_current_level() is None:
+        if not (dropout or is_meta or trains) and maybe_current_level() is None:
             y = F.linear(x, weight, bias)
             if bias is not None and bias.numel() != b.shape[0]:
                 raise ValueError("bias")  # which F.linear would have broadcast
@@ -220,6 +224,8 @@ def lora_linear(
                 return y.addmm_(F.linear(x, a), b.t(), alpha=scale)
             return _add_to_fresh(y, x, a, b, scale)
         _check(x, weight, bias, a, b, dropout)
+        # asked even where nothing is trained now: a checkpoint runs both ways, and must draw the same mask
+        base_trains = weight.requires_grad or (bias is not None and bias.requires_grad)
         if base_trains or _must_compose(x, weight):
             return reference(x, weight, bias, a, b, scale, dropout)
         return _LoraLinear.apply(x, None, weight, bias, a, b, scale, dropout)

@@ -29,6 +29,7 @@ class WholeModule(Adapter):
     """A trainable copy of a module, called in its place."""
 
     replaces = True
+    copy: nn.Module
 
     def __init__(self, copy: nn.Module, module: nn.Module):
         super().__init__()
@@ -120,9 +121,6 @@ class TokenRows(Adapter):
 
     def delta(self, name: str) -> Tensor:
         raise AssertionError("trained rows take the place of the host's; they are no sum")
-
-    def applied(self, name: str, weight: Tensor) -> Tensor:
-        return weight.index_copy(0, self.ids, self.rows.to(weight.dtype))
 
     @torch.no_grad()
     def merge_(self, name: str, target: Tensor, base: Tensor) -> None:

@@ -142,4 +142,4 @@ def _finite(value: Tensor) -> bool:
     if not value.is_floating_point() or value.is_meta:
         return True
     # the sum tells in one pass; it can also overflow, and then each number is asked
-    return math.isfinite(value.sum()) or bool(torch.isfinite(value).all())
+    return math.isfinite(value.detach().sum()) or bool(torch.isfinite(value).all())

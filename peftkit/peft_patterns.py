@@ -16,9 +16,7 @@ class PeftPatterns:
     def __init__(self, patterns: Mapping[str, Any], default: Any):
         self.values = [*patterns.values(), default]
         self.literal = {key: i for i, key in enumerate(patterns) if re.fullmatch(r"[\w.]+", key)}
-        self.regex = [
-            (i, re.compile(rf"(.*\.)?({key})$")) for i, key in enumerate(patterns) if key not in self.literal
-        ]
+        self.regex = [(i, re.compile(rf"(.*\.)?({key})$")) for i, key in enumerate(patterns) if key not in self.literal]
 
     def at(self, path: str) -> Any:
         """The value for the module at `path`."""

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import struct
 import warnings
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import peftkit
-from peftkit import LoRAConfig
+from peftkit import LoRAConfig, StorageError
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -123,3 +125,20 @@ def peft_model(base: nn.Module, folder: Path, **kwargs: Any) -> nn.Module:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*(missing|unexpected).*")
         return PeftModel.from_pretrained(base, folder, **kwargs).eval()
+
+
+def refused(folder: Path, *words: str, model: nn.Module | None = None, **kwargs: Any) -> str:
+    """Loading raises, says `words`, and leaves the model as it was: bare, and with another adapter on it."""
+    message = ""
+    for attached in (False, True):
+        used = copy.deepcopy(model) if model is not None else small()
+        if attached:
+            peftkit.inject(used, LoRAConfig(r=1, targets="all-linear"), name="other")
+        before = snapshot(used)
+        with pytest.raises(StorageError) as caught:
+            peftkit.load(used, folder, **kwargs)
+        assert unchanged(before, used)
+        message = str(caught.value)
+        for word in words:
+            assert word in message, message
+    return message

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -115,3 +117,16 @@ def test_the_probe_reads_raw_features():
     probe = fit_probe(features, labels)
     assert (probe(features).argmax(-1) == labels).double().mean() > 0.9
     assert probe.weight.dtype == features.dtype
+
+
+@pytest.mark.slow
+def test_the_demo_in_small(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    demo = pytest.importorskip("benchmarks.demo.__main__")
+    recipe = replace(demo.MiniLM.recipe, train=32, held_out=32, checked=16, steps=2, batch=4)
+    monkeypatch.setattr(demo.MiniLM, "recipe", recipe)
+    monkeypatch.setattr(sys, "argv", ["demo", "--model", "minilm"])
+    monkeypatch.chdir(Path(__file__).parents[1])
+    assert demo.main() == 0
+    shown = capsys.readouterr().out
+    for line in ("held-out accuracy", "parameters trained", "peak memory", "bit-equal on 16 texts", "off fp64"):
+        assert line in shown

@@ -13,7 +13,17 @@ from pathlib import Path
 import pytest
 import torch
 from storage_helpers import (
-    CONFIG, adapter_bits, bits, config_of, folder_bytes, llama, moved, same, small, tensors_of, trained,
+    CONFIG,
+    adapter_bits,
+    bits,
+    config_of,
+    folder_bytes,
+    llama,
+    moved,
+    same,
+    small,
+    tensors_of,
+    trained,
 )  # fmt: skip
 from torch import Tensor, nn
 
@@ -62,7 +72,9 @@ def test_the_same_bits_come_back(name, tmp_path):
 
 
 def test_in_another_process(tmp_path):
-    model = trained(llama(), LoRAConfig(r=2, targets=["q_proj", "down_proj"], also_train={"embed_tokens": [3, 5], "lm_head": None}))
+    model = trained(
+        llama(), LoRAConfig(r=2, targets=["q_proj", "down_proj"], also_train={"embed_tokens": [3, 5], "lm_head": None})
+    )
     peftkit.save(model, tmp_path / "a")
     ids = torch.arange(8)[None]
     with torch.no_grad():

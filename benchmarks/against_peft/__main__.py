@@ -24,6 +24,7 @@ from .common import FULL, QUICK, Group, Row
 GROUPS: dict[str, Group] = {
     "importing": importing.measure,
     "attaching": attaching.measure,
+    "memory": attaching.measure_memory,
     "calling": calling.measure,
     "merging": merging.measure,
     "switching": switching.measure,

@@ -1,4 +1,4 @@
-"""What `inject` costs in time and memory."""
+"""What `inject` costs in time and memory; run by itself, the memory alone, in this very process."""
 
 from __future__ import annotations
 
@@ -28,7 +28,6 @@ def measure(size: Size) -> Iterator[Row]:
     yield against(f"inject into {count} Linears on the meta device", _inject(size, "meta"), size.limit(1 / 7))
     yield against(f"inject with a rank for each of {count} full names", _ranks(size), size.limit(1 / 70))
     yield from _many(size)
-    yield from _memory(size)
 
 
 def on_fresh_models(
@@ -116,7 +115,8 @@ def _many(size: Size) -> Iterator[Row]:
     )
 
 
-def _memory(size: Size) -> Iterator[Row]:
+def measure_memory(size: Size) -> Iterator[Row]:
+    """What attaching leaves in memory, each time in a process of its own."""
     for how, title in (("tracemalloc", "Python's allocations"), ("rss", "resident memory")):
         found = {}
         for name in ("peftkit", "peft"):
@@ -136,8 +136,8 @@ def _memory(size: Size) -> Iterator[Row]:
         )
 
 
-def _left_behind(how: str, library: str, layers: int) -> float:
-    """KiB a Linear that attaching leaves behind, less the bytes of the tensors; in a process of its own."""
+def left_behind(how: str, library: str, layers: int) -> float:
+    """KiB a Linear that attaching leaves behind, less the bytes of the tensors."""
 
     def attach(model: nn.Module) -> Any:
         return peftkit.inject(model, ours()) if library == "peftkit" else peft.get_peft_model(model, theirs())
@@ -170,4 +170,4 @@ def _now(how: str) -> int:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print(json.dumps(_left_behind(sys.argv[1], sys.argv[2], int(sys.argv[3]))))
+    print(json.dumps(left_behind(sys.argv[1], sys.argv[2], int(sys.argv[3]))))

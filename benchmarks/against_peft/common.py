@@ -78,7 +78,7 @@ Group = Callable[[Size], Iterator[Row]]
 
 
 def llama(layers: int, width: int = 32, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> nn.Module:
-    """A Llama with random weights; 7 Linears a layer beside the output head."""
+    """A Llama, each of one size with the same random weights; 7 Linears a layer beside the output head."""
     config = LlamaConfig(
         hidden_size=width,
         intermediate_size=width * 8 // 3,
@@ -87,6 +87,7 @@ def llama(layers: int, width: int = 32, *, dtype: torch.dtype = torch.float32, d
         num_key_value_heads=max(2, width // 64),
         vocab_size=1024 if width > 64 else 64,
     )
+    torch.manual_seed(0)
     with torch.device(device):
         return LlamaForCausalLM(config).to(dtype)
 

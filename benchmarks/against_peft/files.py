@@ -30,11 +30,10 @@ def measure(size: Size) -> Iterator[Row]:
         )
         yield against(f"save {count} Linears", times, size.limit(1 / 2))
 
-        # the weights of every model differ, so the sample of the base that peftkit compares is checked apart
         times = on_fresh_models(
             size.layers,
             {
-                "peftkit": lambda model: peftkit.load(model, at["peftkit"], check_base=False),
+                "peftkit": lambda model: peftkit.load(model, at["peftkit"]),
                 "peft": lambda model: peft.PeftModel.from_pretrained(model, at["peft"]),
             },
             size.rounds,

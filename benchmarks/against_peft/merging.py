@@ -30,21 +30,33 @@ def _merging(size: Size, dtype: torch.dtype, limit: float) -> Iterator[Row]:
     wrapped = peft.get_peft_model(llama(size.merge_layers, size.merge_width, dtype=dtype), theirs())
     for model in (ours_model, wrapped):
         _draw(model)
-    weights = [ours_model.get_parameter(f"{n}.weight") for n in names]
-    before = [w.detach().clone() for w in weights]
-
     def apart() -> None:
-        if any(ours_model.get_submodule(n).peftkit.merged for n in names[:1]):
+        if not peftkit.adapters(ours_model):  # merged for good: the sum is the base of the next round
+            peftkit.inject(ours_model, ours())
+            _draw(ours_model)
+        elif ours_model.get_submodule(names[0]).peftkit.merged:
             peftkit.unmerge(ours_model)
         if wrapped.get_submodule(f"base_model.model.{names[0]}").merged:
             wrapped.unmerge_adapter()
 
     times = interleaved(
-        {"peftkit": lambda: peftkit.merge(ours_model), "peft": wrapped.merge_adapter}, size.rounds, apart, warmup=1
+        {
+            "peftkit": lambda: peftkit.merge(ours_model),
+            "peftkit for good": lambda: peftkit.merge(ours_model, keep_base=False),
+            "peft": wrapped.merge_adapter,
+        },
+        size.rounds,
+        apart,
+        warmup=1,
     )
     apart()
-    yield against(f"merge {linears} Linears of width {size.merge_width}, {name}, keeping the base", times, size.limit(limit))
+    what = f"merge {linears} Linears of width {size.merge_width}, {name}"
+    yield against(f"{what}, and keep a copy of the base, which peft does not", times, size.limit(limit))
+    good = {"peftkit": times["peftkit for good"], "peft": times["peft"]}
+    yield against(f"{what}, for good (keep_base=False)", good, size.limit(limit))
 
+    weights = [ours_model.get_parameter(f"{n}.weight") for n in names]
+    before = [w.detach().clone() for w in weights]
     changed = 0
     for _ in range(3):
         peftkit.merge(ours_model)

@@ -11,7 +11,7 @@ import argparse
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -85,14 +85,14 @@ def run(task: Task, adapter: Path, seed: int, progress: Progress, started: float
     del rival
 
     model = task.load()
-    before, parameters = fingerprint(model), parameter_count(model)
+    before = fingerprint(model)
     config = LoRAConfig(r=recipe.r, alpha=recipe.alpha, targets="all-linear", also_train=task.also_train)
     progress.console.print(peftkit.inject(model, config).summary())
 
     training_started = time.perf_counter()
     fine_tune(model, task, recipe, train, progress, seed=seed)
     training_seconds = time.perf_counter() - training_started
-    trained = sum(parameter.numel() for parameter in peftkit.parameters(model))
+    trained, parameters = count(peftkit.parameters(model)), count(model.parameters())
     tuned_accuracy = held_out_accuracy(model, "fine-tuned")
 
     peftkit.save(model, adapter)
@@ -123,7 +123,7 @@ def table(task: Task, outcome: Outcome) -> Table:
     share = outcome.trained_parameters / outcome.all_parameters
     rows.add_row("held-out accuracy", f"{outcome.base_accuracy:.1%}", task.rival)
     rows.add_row("", f"[bold]{outcome.tuned_accuracy:.1%}", "fine-tuned with LoRA on every Linear")
-    counts = f"{outcome.trained_parameters:,} beside {outcome.all_parameters:,}"
+    counts = f"{outcome.trained_parameters:,} of {outcome.all_parameters:,}"
     rows.add_row("parameters trained", f"{share:.2%}", counts)
     rows.add_row("time", f"{outcome.training_seconds:.0f} s", f"training; {outcome.seconds:.0f} s in all")
     rows.add_row("peak memory", f"{outcome.peak_bytes / 1e9:.2f} GB", "of the process")
@@ -134,9 +134,9 @@ def table(task: Task, outcome: Outcome) -> Table:
     return rows
 
 
-def parameter_count(model: nn.Module) -> int:
-    """Tied parameters count once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+def count(parameters: Iterable[nn.Parameter]) -> int:
+    """How many numbers they hold."""
+    return sum(parameter.numel() for parameter in parameters)
 
 
 def peak_memory() -> int:

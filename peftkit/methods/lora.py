@@ -239,6 +239,10 @@ class LoRAAdapter(Adapter):
     rank_stabilized: bool
     subtracts: bool
     transposed: bool
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    frozen_A: nn.Parameter
+    frozen_B: nn.Parameter
 
     def __init__(self, host: Host, shape: _Shape, config: LoRAConfig):
         super().__init__()
@@ -263,11 +267,10 @@ class LoRAAdapter(Adapter):
             a = (shape.r * len(shape.blocks), *a[1:])
             b = (sum(stop - start for start, stop in shape.blocks), shape.r)
         device = host.device
-        self.lora_A = nn.Parameter(torch.empty(a, device=device, dtype=dtype))
-        self.lora_B = nn.Parameter(torch.empty(b, device=device, dtype=dtype))
-        if subtracts:
-            self.frozen_A = nn.Parameter(torch.empty_like(self.lora_A), requires_grad=False)
-            self.frozen_B = nn.Parameter(torch.empty_like(self.lora_B), requires_grad=False)
+        for name, size in (("lora_A", a), ("lora_B", b)):
+            self._parameters[name] = nn.Parameter(torch.empty(size, device=device, dtype=dtype))
+        for name, size in (("frozen_A", a), ("frozen_B", b)) if subtracts else ():
+            self._parameters[name] = nn.Parameter(torch.empty(size, device=device, dtype=dtype), requires_grad=False)
 
     # -- computing --------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,8 @@
 """The directory that adapters are kept in: `adapter_config.json` and `adapter_model.safetensors`, as peft has them."""
 
 from peftkit.storage.errors import StorageError
-from peftkit.storage.reader import Stored, fill, match, read
+from peftkit.storage.matching import fill, match
+from peftkit.storage.reader import Stored, read
 from peftkit.storage.writer import save
 
 __all__ = ["StorageError", "Stored", "fill", "match", "read", "save"]

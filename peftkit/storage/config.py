@@ -1,4 +1,4 @@
-"""Both forms of a config in JSON: our own, whole, in the tensor file's metadata, and peft's in `adapter_config.json`."""
+"""Both forms of a config in JSON: our own, whole, in the tensor file; and peft's, in `adapter_config.json`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from peftkit.storage import layout
 from peftkit.storage.errors import StorageError
 
 # fields that others fill in or change without changing the adapter
-_INCIDENTAL = frozenset({"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"})
+_INCIDENTAL = frozenset(
+    {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"}
+)
 _LIMIT = 100_000_000
 
 
@@ -81,7 +83,9 @@ def read(folder: Path) -> dict[str, Any]:
     """
     file = folder / layout.CONFIG
     if not file.exists():
-        raise StorageError(f"{file} is missing; {folder} {'is not an adapter' if folder.is_dir() else 'is no directory'}")
+        raise StorageError(
+            f"{file} is missing; {folder} {'is not an adapter' if folder.is_dir() else 'is no directory'}"
+        )
     try:
         if file.stat().st_size > _LIMIT:
             raise StorageError(f"{file} has {file.stat().st_size:,} bytes, which no adapter's config has")
@@ -103,13 +107,12 @@ def meaning(peft: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_unchanged(folder: Path, saved: Mapping[str, Any], peft: Mapping[str, Any]) -> None:
-    """
-    Raises:
-        StorageError: a field is not what it was when the tensors were saved.
+    """Raises:
+    StorageError: a field is not what it was when the tensors were saved.
     """
     for key, value in saved.items():
         now = peft.get(key, "nothing")
-        if now != value and not (_unordered(key, now, value)) or isinstance(now, bool) != isinstance(value, bool):
+        if (now != value and not (_unordered(key, now, value))) or isinstance(now, bool) != isinstance(value, bool):
             raise StorageError(
                 f"{folder / layout.CONFIG}: {key} is {_short(now)}, but was {_short(value)} when {layout.TENSORS} was "
                 "saved; the file is damaged, edited, or from another save: restore it, or save again"

@@ -109,7 +109,7 @@ def _carry_over(old: Path, new: Path) -> None:
 
 
 def _exchange(a: Path, b: Path) -> None:
-    """Swap two directories in one step where the system can; else in two, the old one keeping its name until the last."""
+    """Swap two directories in one step where the system can; else in three, with a moment in which `b` is not there."""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None, use_errno=True)
         if hasattr(libc, "renameat2"):

@@ -59,8 +59,8 @@ def _check_in_place(attachment: Attachment, everything: list[Site]) -> None:
     for name, site in attachment.sites.items():
         if id(site.module) not in there:
             raise StorageError(
-                f"{name!r} that carries the adapter {attachment.name!r} is no longer in the model: something has replaced "
-                f"that {type(site.module).__name__}, and its adapter with it; attach after replacing modules"
+                f"{name!r} that carries the adapter {attachment.name!r} is no longer in the model: something "
+                f"has replaced that {type(site.module).__name__}, and its adapter with it; attach after replacing"
             )
 
 
@@ -111,6 +111,6 @@ def _readme(config: dict[str, Any], tensors: dict[str, Tensor]) -> str:
     return (
         f"{head}# Adapter\n\n{config['peft_type']}, {count:,} parameters"
         f"{f' on {base}' if base else ''}. Load it into the base model:\n\n"
-        "```python\nimport peftkit\npeftkit.load(model, \"path/to/this/directory\")\n```\n\n"
-        "peft reads it as well: `PeftModel.from_pretrained(model, \"path/to/this/directory\")`.\n"
+        '```python\nimport peftkit\npeftkit.load(model, "path/to/this/directory")\n```\n\n'
+        'peft reads it as well: `PeftModel.from_pretrained(model, "path/to/this/directory")`.\n'
     )
