@@ -25,15 +25,39 @@ _TRAINABLE = (nn.Parameter, Tensor)
 _NEVER_CALLED = (nn.Module.forward, nn.ModuleList.forward, nn.ModuleDict.forward)
 
 
-class WholeModule(Adapter):
-    """A trainable copy of a module, called in its place."""
+class InPlace(Adapter):
+    """What takes the place of values of its host.
+
+    Attributes:
+        ties: parameter -> the adapter and its parameter that it shares; what replaces parameters forgets it.
+    """
 
     replaces = True
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self._module = ModuleRef(module)
+        self.ties: dict[str, tuple[Adapter, str]] = {}
+
+    def why_not_merge(self) -> str | None:
+        return _why_not_write(self._module())
+
+    def delta(self, name: str) -> Tensor:
+        raise AssertionError("it takes the place of its host's values and is no sum")
+
+    def tie(self) -> None:
+        for name, (other, theirs) in self.ties.items():
+            path, _, last = name.rpartition(".")
+            self.get_submodule(path)._parameters[last] = other.get_parameter(theirs)
+
+
+class WholeModule(InPlace):
+    """A trainable copy of a module, called in its place."""
+
     copy: nn.Module
 
     def __init__(self, copy: nn.Module, module: nn.Module):
-        super().__init__()
-        self._module = ModuleRef(module)
+        super().__init__(module)
         self.copy = copy.requires_grad_(True)
         self.training = copy.training
         for hooks in _HOOKS:  # the module's own run around the copy
@@ -48,12 +72,6 @@ class WholeModule(Adapter):
         args = tuple(_cast(a, own) for a in args)  # saved over a base of another dtype
         return _cast(self.copy(*args, **{k: _cast(v, own) for k, v in kwargs.items()}), host)
 
-    def why_not_merge(self) -> str | None:
-        return _why_not_write(self._module())
-
-    def delta(self, name: str) -> Tensor:
-        raise AssertionError("a whole module takes the place of its host; it is no sum")
-
     def applied(self, name: str, weight: Tensor) -> Tensor:
         return named_tensor(self.copy, name).to(weight.dtype)
 
@@ -67,6 +85,7 @@ class WholeModule(Adapter):
         module = self._module()
         for name in self.merges:
             _take(named_tensor(self.copy, name), named_tensor(module, name))
+        self.tie()
 
     def tensors(self) -> dict[str, Tensor]:
         return {name: named_tensor(self.copy, name).detach() for name in self.merges}
@@ -81,17 +100,15 @@ class WholeModule(Adapter):
                 own.data = found[name].to(own.device)
 
 
-class TokenRows(Adapter):
+class TokenRows(InPlace):
     """Some rows of an embedding, trained; `rows: (n d)`. On a Linear tied to it, they are the same rows of its weight."""
 
-    replaces = True
     merges = ("weight",)
     tensor_names = {"rows": "token_adapter.trainable_tokens_delta"}
 
     def __init__(self, module: nn.Module, ids: Sequence[int], rows: nn.Parameter | None = None):
-        super().__init__()
+        super().__init__(module)
         weight: Any = module._parameters["weight"]
-        self._module = ModuleRef(module)
         self.head = isinstance(module, nn.Linear)
         self.which = tuple(ids)
         device = torch.device("cpu") if weight.is_meta else weight.device  # a file has values before the base has
@@ -116,12 +133,6 @@ class TokenRows(Adapter):
         rows = F.embedding(at, self.rows).to(y.dtype) * getattr(module, "embed_scale", 1.0)
         return torch.where(hits.unsqueeze(-1), rows.to(y.dtype), y)
 
-    def why_not_merge(self) -> str | None:
-        return _why_not_write(self._module())
-
-    def delta(self, name: str) -> Tensor:
-        raise AssertionError("trained rows take the place of the host's; they are no sum")
-
     @torch.no_grad()
     def merge_(self, name: str, target: Tensor, base: Tensor) -> None:
         target[self.ids.to(target.device)] = self.rows.to(target)
@@ -132,6 +143,7 @@ class TokenRows(Adapter):
         weight: Any = self._module()._parameters["weight"]  # type: ignore[union-attr]
         self.ids = torch.tensor(self.which, device=weight.device)  # the meta device had none
         _take(self.rows, weight[self.ids])
+        self.tie()
 
     def tensors(self) -> dict[str, Tensor]:
         return {} if self.tied else super().tensors()
@@ -218,13 +230,13 @@ def wanted(
     return found
 
 
-def build(found: Mapping[Site, Sequence[int] | None], sites: Sequence[Site]) -> dict[Site, Adapter]:
+def build(found: Mapping[Site, Sequence[int] | None], sites: Sequence[Site]) -> dict[Site, InPlace]:
     """An adapter for each; weights tied among them stay tied in their copies.
 
     Raises:
         TargetError: a weight is shared with a module that would go on with the old one.
     """
-    made: dict[Site, Adapter] = {}
+    made: dict[Site, InPlace] = {}
     whole = [s for s, ids in found.items() if ids is None]
     _check_ties(whole, sites)
     if whole:
@@ -247,6 +259,12 @@ def build(found: Mapping[Site, Sequence[int] | None], sites: Sequence[Site]) -> 
                            f"a {type(module).__name__}, which would not know of the rows; untie them first")
                     )
                 made[other] = TokenRows(module, ids, adapter.rows)
+    first: dict[int, tuple[Adapter, str]] = {}
+    for one in made.values():
+        for name, p in one.named_parameters(remove_duplicate=False):
+            if id(p) in first:
+                one.ties[name] = first[id(p)]
+            first.setdefault(id(p), (one, name))
     return made
 
 

@@ -75,6 +75,15 @@ class Graft(nn.Module):
                 "call unmerge(model), and merge(model) again if you want the new values merged"
             )
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Counters start anew in a copy, so it is told whether they have moved."""
+        kept = {key: at == versions(self._modules[key]) for key, at in self.merged.items()}  # type: ignore[arg-type]
+        return {**self.__dict__, "merged": kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.merged = {k: versions(self._modules[k]) if kept else () for k, kept in self.merged.items()}  # type: ignore[arg-type]
+
     def __repr__(self) -> str:
         return f"Graft({', '.join(self._modules) or 'no adapters'})"
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import nn
 
@@ -28,7 +29,7 @@ class Attachment:
     sites: dict[str, Site]
     trainable: bool
     undo: Callable[[], None] | None = None
-    resting: list[nn.Parameter] = field(default_factory=list)
+    resting: list[tuple[nn.Module, str]] = field(default_factory=list)  # by holder: values may be replaced meanwhile
 
     def key(self, site: Site) -> str:
         return self.name if site.part is None else f"{self.name}:{site.part}"
@@ -40,14 +41,29 @@ class Attachment:
     def rest(self) -> None:
         """Nothing of it is trained while it does not act."""
         if self.trainable and not self.resting:
-            self.resting = [p for p in self.parameters() if p.requires_grad]
-            for p in self.resting:
-                p.requires_grad = False
+            self.resting = [
+                (holder, name)
+                for adapter in self.adapters.values()
+                for holder in (adapter.modules() if adapter._modules else (adapter,))
+                for name, p in holder._parameters.items()
+                if p is not None and p.requires_grad
+            ]
+            for holder, name in self.resting:
+                holder._parameters[name].requires_grad = False  # type: ignore[union-attr]
 
     def wake(self) -> None:
-        for p in self.resting:
-            p.requires_grad = True
+        unfreeze(self.resting)
         self.resting = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A predicate cannot be pickled; it stays as the names it chose."""
+        config = self.config
+        for key in ("targets", "exclude"):
+            value = getattr(config, key)
+            if any(callable(one) for one in (value if isinstance(value, tuple) else (value,))):
+                chosen = tuple(f"^{name}" for name, adapter in self.adapters.items() if not adapter.replaces)
+                config = replace(config, **{key: chosen if key == "targets" else None})
+        return {**self.__dict__, "config": config}
 
 
 @dataclass(eq=False)

@@ -66,7 +66,7 @@ def stand_in(module: nn.Module, names: Names) -> nn.Module:
         else:
             readable = all(a.merges and not any("." in name for name in a.merges) for a in whole)
             readable = readable and not (encoder and "forward" in child.__dict__)
-            readable = readable and type(child._parameters.get("weight")) in (nn.Parameter, Tensor)
+            readable = readable and (not encoder or torch.compiler.is_compiling() or _plain(child))
             new = _holding(child, whole) if whole and readable else child
         if not readable and not encoder:
             raise RuntimeError(f"{type(module).__name__} reads the weights of {key!r}, which the adapter there cannot give it")
@@ -82,6 +82,10 @@ def stand_in(module: nn.Module, names: Names) -> nn.Module:
     else:
         clone.__dict__["_modules"] |= children
     return clone
+
+
+def _plain(module: nn.Module) -> bool:
+    return type(module._parameters.get("weight")) in (nn.Parameter, Tensor)
 
 
 def _holding(module: nn.Module, adapters: Iterable[Any]) -> nn.Module:

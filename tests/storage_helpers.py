@@ -38,6 +38,12 @@ def small(seed: int = 0) -> nn.Sequential:
     return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 6)).eval()
 
 
+def tabled(seed: int = 0) -> nn.Sequential:
+    """The same behind an embedding."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 6)).eval()
+
+
 def trained(model: nn.Module, config: LoRAConfig | None = None, *, name: str = "default", seed: int = 1) -> nn.Module:
     """`model` with an adapter whose every parameter was moved."""
     peftkit.inject(model, config or LoRAConfig(r=2, alpha=6, targets="all-linear"), name=name)

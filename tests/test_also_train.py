@@ -335,6 +335,22 @@ def test_on_the_meta_device_the_values_come_with_the_base(also):
     assert same(snapshot(model), snapshot(real))
 
 
+@pytest.mark.parametrize("also", [["embed", "lm_head"], {"embed": [4, 10]}])
+def test_what_was_tied_on_the_meta_device_is_tied_when_the_values_come(also):
+    real, x = tied(), tokens()
+    with torch.device("meta"):
+        model = Biased().eval()
+    peftkit.inject(model, config(also, "mid"))
+    model.to_empty(device="cpu")
+    model.lm_head.weight = model.embed.weight
+    model.load_state_dict(real.state_dict(), strict=False)
+    peftkit.reset(model)
+    assert torch.equal(evaluated(model, x), evaluated(real, x))
+    shared = [p for n, p in model.named_parameters(remove_duplicate=False) if n.endswith(("rows", "copy.weight"))]
+    assert len(shared) == 2
+    assert shared[0] is shared[1]
+
+
 def computed() -> nn.Module:
     layer = torch.nn.utils.weight_norm(nn.Linear(4, 4))
     layer(torch.ones(1, 4))

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1] / "peftkit"
 # what a room may know; the first prefix that fits counts
 FLOORS = (
     ("peftkit.kernels", 0), ("peftkit.sites", 0), ("peftkit.holder", 0), ("peftkit.targets", 0), ("peftkit.graft", 0), ("peftkit.reading", 0),
-    ("peftkit.hosts", 1), ("peftkit.peft_patterns", 1), ("peftkit.method", 1), ("peftkit.attention", 1),
+    ("peftkit.hosts", 1), ("peftkit.peft_patterns", 1), ("peftkit.leading", 1), ("peftkit.peft_lora", 1), ("peftkit.row_blocks", 1), ("peftkit.method", 1), ("peftkit.attention", 1),
     ("peftkit.also_train", 2), ("peftkit.methods", 2), ("peftkit.schedules", 2), ("peftkit.ledger", 2),
     ("peftkit.storage", 3), ("peftkit.merging", 3), ("peftkit.report", 3), ("peftkit.cost", 3),
     ("peftkit.api", 4),
@@ -91,4 +91,4 @@ def test_nothing_imports_in_a_circle(path):
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_a_file_fits_in_a_head(path):
-    assert len(path.read_text().splitlines()) <= 370
+    assert len(path.read_text().splitlines()) <= 350

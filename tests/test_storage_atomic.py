@@ -1,4 +1,4 @@
-"""Whatever happens while saving, the directory holds the old adapter or the new one, whole, and nothing else is lost."""
+"""Whatever happens while saving: the directory holds the old adapter or the new one, whole; nothing else is lost."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_a_killed_save(tmp_path):
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
         assert child.stdin is not None and child.stdout is not None
         try:
-            for _ in range(60):
+            for _ in range(40):
                 child.stdin.write(b"\n")
                 child.stdin.flush()
                 child.stdout.readline()

@@ -103,16 +103,18 @@ def harmless_or_refused(scratch: tuple[Path, dict[str, bytes]], name: str, chang
     """Whether it was refused; if not, everything that was loaded is as it was saved."""
     folder, whole = scratch
     model, good = small(), trained(small())
-    before = snapshot(model)
+    before, refusal = snapshot(model), ""
     try:
         (folder / name).write_bytes(changed)
         peftkit.load(model, folder)
     except StorageError as error:
-        assert str(folder) in str(error)
-        assert unchanged(before, model)
-        return True
+        refusal = str(error)
     finally:
         (folder / name).write_bytes(whole[name])
+    if refusal:
+        assert str(folder) in refusal
+        assert unchanged(before, model)
+        return True
     assert same(adapter_bits(model), adapter_bits(good))
     assert peftkit.adapters(model) == peftkit.adapters(good)
     x = torch.linspace(-1, 1, 6)

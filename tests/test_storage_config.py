@@ -19,7 +19,7 @@ from storage_helpers import (
     small,
     tensors_of,
     trained,
-)  # fmt: skip
+)
 
 import peftkit
 
@@ -45,9 +45,19 @@ def foreign(folder) -> Path:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("r", 4), ("r", 0), ("lora_alpha", 7), ("lora_alpha", float("nan")), ("use_rslora", True), ("target_modules", ["0"]),
-     ("rank_pattern", {"0": 1}), ("modules_to_save", ["2"]), ("peft_type", "VERA"), ("lora_dropout", 0.5)],
-)  # fmt: skip
+    [
+        ("r", 4),
+        ("r", 0),
+        ("lora_alpha", 7),
+        ("lora_alpha", float("nan")),
+        ("use_rslora", True),
+        ("target_modules", ["0"]),
+        ("rank_pattern", {"0": 1}),
+        ("modules_to_save", ["2"]),
+        ("peft_type", "VERA"),
+        ("lora_dropout", 0.5),
+    ],
+)
 def test_a_config_that_was_edited(folder, key, value):
     set_config(folder, **{key: value})
     refused(folder, CONFIG, *([key] if key != "peft_type" else []))
@@ -83,12 +93,27 @@ def test_what_may_change_in_the_config(folder):
 @pytest.mark.parametrize("own", [True, False])
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("use_dora", True), ("bias", "all"), ("lora_bias", True), ("use_qalora", True), ("use_bdlora", {"a": 1}),
-     ("layer_replication", [[0, 4]]), ("megatron_config", {"a": 1}), ("alora_invocation_tokens", [1]),
-     ("arrow_config", {"a": 1}), ("target_parameters", ["w"]), ("kasa_config", {"a": 1}), ("monteclora_config", {"a": 1}),
-     ("velora_config", {"a": 1}), ("init_lora_weights", "loftq"), ("init_lora_weights", "corda"),
-     ("init_lora_weights", "lora_ga"), ("init_lora_weights", "pissa_niter_4"), ("init_lora_weights", "tomorrow's")],
-)  # fmt: skip
+    [
+        ("use_dora", True),
+        ("bias", "all"),
+        ("lora_bias", True),
+        ("use_qalora", True),
+        ("use_bdlora", {"a": 1}),
+        ("layer_replication", [[0, 4]]),
+        ("megatron_config", {"a": 1}),
+        ("alora_invocation_tokens", [1]),
+        ("arrow_config", {"a": 1}),
+        ("target_parameters", ["w"]),
+        ("kasa_config", {"a": 1}),
+        ("monteclora_config", {"a": 1}),
+        ("velora_config", {"a": 1}),
+        ("init_lora_weights", "loftq"),
+        ("init_lora_weights", "corda"),
+        ("init_lora_weights", "lora_ga"),
+        ("init_lora_weights", "pissa_niter_4"),
+        ("init_lora_weights", "tomorrow's"),
+    ],
+)
 def test_flags_that_mean_something_else(folder, own, key, value):
     if not own:
         rewrite(folder, tensors_of(folder))
@@ -98,16 +123,49 @@ def test_flags_that_mean_something_else(folder, own, key, value):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("r", 0), ("r", 3), ("r", "2"), ("r", None), ("r", 2.5), ("r", [2]), ("lora_alpha", float("nan")), ("lora_alpha", 0),
-     ("lora_alpha", "6"), ("lora_alpha", [6]), ("lora_alpha", float("inf")), ("lora_alpha", True), ("target_modules", 5),
-     ("target_modules", {"0": 1}), ("target_modules", [1]), ("target_modules", "("), ("target_modules", ["0", "2", None]),
-     ("rank_pattern", 5), ("rank_pattern", {"(": 1}), ("rank_pattern", {"0": 1}), ("rank_pattern", [1]),
-     ("alpha_pattern", {"0": float("nan")}), ("alpha_pattern", {"0": "x"}), ("modules_to_save", "0"),
-     ("modules_to_save", [1]), ("modules_to_save", {"a": 1}), ("lora_dropout", -0.1), ("lora_dropout", 1.0),
-     ("lora_dropout", "x"), ("lora_dropout", float("nan")), ("layers_to_transform", "x"), ("layers_to_transform", {"a": 1}),
-     ("trainable_token_indices", 5), ("trainable_token_indices", {"0": 5}), ("trainable_token_indices", {"0": []}),
-     ("exclude_modules", 5), ("peft_type", None), ("peft_type", 5), ("peft_type", ["LORA"]), ("peft_type", "LORE")],
-)  # fmt: skip
+    [
+        ("r", 0),
+        ("r", 3),
+        ("r", "2"),
+        ("r", None),
+        ("r", 2.5),
+        ("r", [2]),
+        ("lora_alpha", float("nan")),
+        ("lora_alpha", 0),
+        ("lora_alpha", "6"),
+        ("lora_alpha", [6]),
+        ("lora_alpha", float("inf")),
+        ("lora_alpha", True),
+        ("target_modules", 5),
+        ("target_modules", {"0": 1}),
+        ("target_modules", [1]),
+        ("target_modules", "("),
+        ("target_modules", ["0", "2", None]),
+        ("rank_pattern", 5),
+        ("rank_pattern", {"(": 1}),
+        ("rank_pattern", {"0": 1}),
+        ("rank_pattern", [1]),
+        ("alpha_pattern", {"0": float("nan")}),
+        ("alpha_pattern", {"0": "x"}),
+        ("modules_to_save", "0"),
+        ("modules_to_save", [1]),
+        ("modules_to_save", {"a": 1}),
+        ("lora_dropout", -0.1),
+        ("lora_dropout", 1.0),
+        ("lora_dropout", "x"),
+        ("lora_dropout", float("nan")),
+        ("layers_to_transform", "x"),
+        ("layers_to_transform", {"a": 1}),
+        ("trainable_token_indices", 5),
+        ("trainable_token_indices", {"0": 5}),
+        ("trainable_token_indices", {"0": []}),
+        ("exclude_modules", 5),
+        ("peft_type", None),
+        ("peft_type", 5),
+        ("peft_type", ["LORA"]),
+        ("peft_type", "LORE"),
+    ],
+)
 def test_kinds_and_values_that_make_no_sense(foreign, key, value):
     set_config(foreign, **{key: value})
     refused(foreign, CONFIG)

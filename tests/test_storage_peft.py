@@ -35,8 +35,10 @@ class Case:
 
 
 CASES = [
-    Case("llama", llama, {"target_modules": ["q_proj", "v_proj", "down_proj"]}, {"targets": ["q_proj", "v_proj", "down_proj"]}),
-    Case("llama-bf16", lambda: llama().bfloat16(), {"target_modules": ["q_proj", "up_proj"]}, {"targets": ["q_proj", "up_proj"]}),
+    Case("llama", llama, {"target_modules": ["q_proj", "v_proj", "down_proj"]},
+         {"targets": ["q_proj", "v_proj", "down_proj"]}),
+    Case("llama-bf16", lambda: llama().bfloat16(), {"target_modules": ["q_proj", "up_proj"]},
+         {"targets": ["q_proj", "up_proj"]}),
     Case("bert", bert, {"target_modules": ["query", "dense"]}, {"targets": ["query", "dense"]}),
     Case("gpt2", gpt2, {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}, {"targets": ["c_attn", "c_fc"]}),
     Case("t5", t5, {"target_modules": ["q", "v", "wo"]}, {"targets": ["q", "v", "wo"]}),
@@ -44,7 +46,8 @@ CASES = [
     Case("conv", conv, {"target_modules": ["0", "2"]}, {"targets": ["0", "2"]}),
     Case("embedding", Attending, {"target_modules": ["table", "out"]}, {"targets": ["table", "out"]}),
     Case("attention", Attending, {"target_modules": ["attn", "out"]}, {"targets": ["attn", "out"]}),
-    Case("embed_tokens", llama, {"target_modules": ["embed_tokens", "q_proj"]}, {"targets": ["embed_tokens", "q_proj"]}),
+    Case("embed_tokens", llama, {"target_modules": ["embed_tokens", "q_proj"]},
+         {"targets": ["embed_tokens", "q_proj"]}),
     Case(
         "patterns", llama,
         {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"model.layers.0.self_attn.q_proj": 3, "v_proj": 1},
@@ -52,8 +55,10 @@ CASES = [
         {"targets": ["q_proj", "v_proj"], "r": {"*": 2, "v_proj": 1, "^model.layers.0.self_attn.q_proj": 3},
          "alpha": {"*": 5, "layers.1.self_attn.q_proj": 7}},
     ),
-    Case("rslora", llama, {"target_modules": ["o_proj"], "use_rslora": True, "r": 4}, {"targets": ["o_proj"], "rank_stabilized": True, "r": 4}),
-    Case("layers", llama, {"target_modules": ["q_proj"], "layers_to_transform": [1]}, {"targets": ["q_proj"], "layers": [1]}),
+    Case("rslora", llama, {"target_modules": ["o_proj"], "use_rslora": True, "r": 4},
+         {"targets": ["o_proj"], "rank_stabilized": True, "r": 4}),
+    Case("layers", llama, {"target_modules": ["q_proj"], "layers_to_transform": [1]},
+         {"targets": ["q_proj"], "layers": [1]}),
     Case("regex", llama, {"target_modules": r".*\.1\..*(q|k)_proj"}, {"targets": re.compile(r".*\.1\..*(q|k)_proj")}),
     Case("exclude", llama, {"target_modules": ["q_proj", "k_proj"], "exclude_modules": r".*layers\.0\..*"},
          {"targets": ["q_proj", "k_proj"], "exclude": "layers.0"}),

@@ -14,6 +14,7 @@ import torch
 from models import Case, drawn, evaluated, numbers, output
 from peftkit import LoRAConfig
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 CASES = {case.name: case for case in models.CASES}
@@ -21,10 +22,10 @@ each = pytest.mark.parametrize("case", CASES.values(), ids=str)
 
 
 def adapted(case: Case, *names: str, **kwargs: Any) -> nn.Module:
-    """The case's model with drawn adapters of these names, the first of rank 2, the next of 4 and so on."""
+    """The case's model with drawn adapters of these names, each with a scale of its own."""
     model = case.make()
     for i, name in enumerate(names or ("default",)):
-        peftkit.inject(model, LoRAConfig(r=2 * (i + 1), targets=case.targets, **kwargs), name=name)
+        peftkit.inject(model, LoRAConfig(r=2, alpha=2 + i, targets=case.targets, **kwargs), name=name)
         draw(model, i)
     return model
 
@@ -81,10 +82,11 @@ def test_a_copy_has_all_verbs_and_shares_nothing(case, through):
     assert peftkit.active(other) == ("two",)
     peftkit.activate(other, "one", "two")
     both = evaluated(other, x)
-    peftkit.merge(other)
-    torch.testing.assert_close(evaluated(other, x), both, rtol=1e-4, atol=1e-5)
-    peftkit.unmerge(other)
-    assert torch.equal(evaluated(other, x), both)
+    if case.name != "embedding":  # which is tied, so not merged
+        peftkit.merge(other)
+        torch.testing.assert_close(evaluated(other, x), both, rtol=1e-4, atol=1e-5)
+        peftkit.unmerge(other)
+        assert torch.equal(evaluated(other, x), both)
     peftkit.eject(other)
     fresh = case.make()
     assert [type(m) for m in other.modules()] == [type(m) for m in fresh.modules()]
@@ -153,46 +155,41 @@ def test_a_class_s_own_idea_of_its_state_is_kept():
 # -- torch.compile --------------------------------------------------------------------------------------------------------
 
 
-class Counter:
-    """A backend that counts the graphs it is given."""
-
-    def __init__(self) -> None:
-        self.graphs = 0
-
-    def __call__(self, graph: Any, inputs: Any) -> Any:
-        self.graphs += 1
-        return graph.forward
+def counting(backend: str = "eager") -> CompileCounterWithBackend:
+    return CompileCounterWithBackend(backend)
 
 
-@pytest.mark.parametrize("train", [False, True])
 @each
-def test_it_compiles_into_one_graph(case, train):
+def test_it_compiles_into_one_graph_with_the_same_gradients(case):
     model, x = adapted(case), case.x()
-    for p in peftkit.parameters(model):
-        p.requires_grad_(train)
-    count = Counter()
-    compiled = torch.compile(model, fullgraph=True, backend=count)
-    with torch.set_grad_enabled(train):
-        torch.testing.assert_close(output(compiled, x), output(model, x), rtol=1e-4, atol=1e-5)
-        output(compiled, x)
-    assert count.graphs == 1
-
-
-@each
-def test_gradients_of_the_compiled_model(case):
-    model, x = adapted(case, dropout=0.0), case.x()
     want = gradients(model, x)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    count = counting("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=count)
     model.zero_grad()
-    output(compiled, x).square().mean().backward()
+    y = output(compiled, x)
+    y.square().mean().backward()
+    torch.testing.assert_close(y, output(model, x), rtol=1e-4, atol=1e-5)
     close([p.grad for p in peftkit.parameters(model) if p.grad is not None], want)
+    assert count.frame_count == 1
 
 
-@pytest.mark.parametrize("name", ["linear", "attention", "encoder", "embedding", "conv2d"])
+@pytest.mark.parametrize("name", ["linear", "conv2d", "embedding", "attention", "encoder"])
+def test_it_compiles_into_one_graph_without_gradients(name):
+    model, x = adapted(CASES[name]), CASES[name].x()
+    count = counting()
+    compiled = torch.compile(model, fullgraph=True, backend=count)
+    for _ in range(2):
+        torch.testing.assert_close(evaluated(compiled, x), evaluated(model, x), rtol=1e-4, atol=1e-5)
+    assert count.frame_count == 1
+
+
+@pytest.mark.parametrize(
+    "name", ["linear", "attention", pytest.param("encoder", marks=pytest.mark.slow), "embedding", "conv2d"]
+)
 def test_a_compiled_model_follows_every_switch(name):
     case = CASES[name]
     model, x = adapted(case, "one", "two"), case.x()
-    count = Counter()
+    count = counting()
     compiled = torch.compile(model, fullgraph=True, backend=count)
     seen = []
     for names in (("one",), ("two",), ("one", "two"), (), ("two",)):
@@ -205,11 +202,11 @@ def test_a_compiled_model_follows_every_switch(name):
     assert not torch.allclose(seen[0], seen[1])
     with peftkit.disabled(model):
         torch.testing.assert_close(evaluated(compiled, x), seen[3], rtol=1e-4, atol=1e-5)
-    graphs = count.graphs
+    graphs = count.frame_count
     for names in (("one",), ("two",), ("one",)):
         peftkit.activate(model, *names)
         torch.testing.assert_close(evaluated(compiled, x), seen[names == ("two",)], rtol=1e-4, atol=1e-5)
-    assert count.graphs == graphs, "a switch to what was compiled before compiles anew"
+    assert count.frame_count == graphs, "a switch to what was compiled before compiles anew"
 
 
 def test_a_compiled_model_follows_merging():
@@ -257,8 +254,13 @@ def test_inductor_compiles_it_too(name):
 # -- export ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("name", ["linear", "shared", "embedding", "conv2d", "attention", "attention-three", "encoder"])
+@pytest.mark.parametrize(
+    ("name", "strict"),
+    [
+        ("linear", False), ("shared", False), ("embedding", False), ("conv2d", False), ("attention", False),
+        ("attention-three", False), ("encoder", False), ("linear", True), ("conv2d", True), ("attention", True),
+    ],
+)  # fmt: skip
 def test_it_is_exported_as_it_computes(name, strict):
     case = CASES[name]
     model, x = adapted(case), case.x()
@@ -267,9 +269,11 @@ def test_it_is_exported_as_it_computes(name, strict):
     with peftkit.disabled(model):
         bare = torch.export.export(model, (x,), strict=strict).module()
         torch.testing.assert_close(bare(x), output(model, x), rtol=1e-4, atol=1e-5)
-    peftkit.merge(model)
-    merged = torch.export.export(model, (x,), strict=strict).module()
-    torch.testing.assert_close(merged(x), exported(x), rtol=1e-4, atol=1e-5)
+    if name != "embedding":  # which is tied, so not merged
+        want = evaluated(model, x)
+        peftkit.merge(model)
+        merged = torch.export.export(model, (x,), strict=strict).module()
+        torch.testing.assert_close(merged(x), want, rtol=1e-4, atol=1e-5)
 
 
 def test_a_language_model_is_exported_with_a_size_left_open():
@@ -305,6 +309,10 @@ def test_generate_takes_the_adapter_at_every_step(name, options):
         pytest.skip("one model with a static cache is enough")
     case = CASES[name]
     model, plainly, x = adapted(case), adapted(case), models.ids()
+    for m in (model, plainly):
+        with torch.no_grad():
+            for p in peftkit.parameters(m):
+                p.mul_(3)
     peftkit.merge(plainly, keep_base=False)
     found = []
     for m in (model, plainly, case.make()):
@@ -317,6 +325,7 @@ def test_generate_takes_the_adapter_at_every_step(name, options):
 # -- checkpointing --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable:FutureWarning")
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("name", ["llama", "bert", "gpt2"])

@@ -1,8 +1,7 @@
 """Measure peftkit's verbs beside peft's, in one process and on one thread, and print a table.
 
-    python -m benchmarks.against_peft            minutes
-    python -m benchmarks.against_peft --full     the committed result; half an hour, most of it peft's
-    python -m benchmarks.against_peft --only switching files
+`python -m benchmarks.against_peft` takes minutes. With `--full` it takes most of an hour, nearly all of it peft's, and
+writes the result file. `--only switching files` measures some groups.
 """
 
 from __future__ import annotations
@@ -33,6 +32,7 @@ GROUPS: dict[str, Group] = {
 
 
 def main() -> None:
+    """Measure what was asked for."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.against_peft", description=__doc__)
     parser.add_argument("--full", action="store_true", help="100 adapters, more rounds; writes the result file")
     parser.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS), help="some groups; writes nothing")
@@ -52,6 +52,7 @@ def main() -> None:
 
 
 def table(rows: list[Row]) -> Table:
+    """All rows with their verdicts."""
     made = Table(title="peftkit beside peft")
     made.add_column("what", overflow="fold")
     for title in ("measured", "at most"):

@@ -23,6 +23,7 @@ from .common import Row, Size, against, llama, names_of, ours, theirs
 
 
 def measure(size: Size) -> Iterator[Row]:
+    """Time of `inject`, in all the ways that were promised."""
     count = 7 * size.layers
     yield against(f"inject into {count} Linears", _inject(size, "cpu"), size.limit(1 / 7))
     yield against(f"inject into {count} Linears on the meta device", _inject(size, "meta"), size.limit(1 / 7))
@@ -154,9 +155,7 @@ def left_behind(how: str, library: str, layers: int) -> float:
     gc.collect()
     after = _now(how)
     names = set(names_of(llama(layers, device="meta")))
-    tensors = 0 if how == "tracemalloc" else sum(
-        p.nbytes for p in model.parameters() if p.requires_grad
-    )
+    tensors = 0 if how == "tracemalloc" else sum(p.nbytes for p in model.parameters() if p.requires_grad)
     del kept
     return (after - before - tensors) / len(names) / 1024
 

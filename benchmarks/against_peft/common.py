@@ -70,9 +70,7 @@ class Size:
 
 QUICK = Size()
 FULL = Size(adapters=100, rounds=15)
-TINY = Size(
-    layers=2, fewer=1, adapters=3, rounds=2, width=32, tokens=8, merge_layers=1, merge_width=32, promised=False
-)
+TINY = Size(layers=2, fewer=1, adapters=3, rounds=2, width=32, tokens=8, merge_layers=1, merge_width=32, promised=False)
 
 Group = Callable[[Size], Iterator[Row]]
 
@@ -98,10 +96,12 @@ def names_of(model: nn.Module) -> list[str]:
 
 
 def ours(r: Any = 8) -> peftkit.LoRAConfig:
+    """The same LoRA as `theirs`."""
     return peftkit.LoRAConfig(r=r, alpha=16, targets=LINEARS)
 
 
 def theirs(**settings: Any) -> peft.LoraConfig:
+    """The same LoRA as `ours`."""
     return peft.LoraConfig(**{"r": 8, "lora_alpha": 16, "target_modules": list(LINEARS), **settings})
 
 

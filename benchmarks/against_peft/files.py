@@ -1,4 +1,7 @@
-"""What saving and loading cost. Each library reads what it wrote; peftkit also syncs to disk and checks what it reads."""
+"""What saving and loading cost.
+
+Each library reads what it wrote; peftkit also syncs to disk and checks what it reads.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from .common import Row, Size, against, llama, ours, theirs
 
 
 def measure(size: Size) -> Iterator[Row]:
+    """Time of `save` and `load`."""
     count = 7 * size.layers
     with tempfile.TemporaryDirectory() as folder:
         at = {name: str(Path(folder) / name) for name in ("peftkit", "peft")}

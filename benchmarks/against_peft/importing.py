@@ -23,6 +23,7 @@ print(json.dumps([time.perf_counter() - start, resident() - before]))
 
 
 def measure(size: Size) -> Iterator[Row]:
+    """Time and memory of the import."""
     runs: dict[str, list[list[float]]] = {"peftkit": [], "peft": []}
     for i in range(1 + size.rounds):
         for library, found in runs.items():

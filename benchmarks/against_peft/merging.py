@@ -17,6 +17,7 @@ from .common import Row, Size, against, llama, names_of, ours, theirs
 
 
 def measure(size: Size) -> Iterator[Row]:
+    """Time and memory of `merge`, and the weights that `unmerge` does not restore."""
     for dtype, limit in ((torch.float32, 0.6), (torch.bfloat16, 0.75)):
         yield from _merging(size, dtype, limit)
 
@@ -30,6 +31,7 @@ def _merging(size: Size, dtype: torch.dtype, limit: float) -> Iterator[Row]:
     wrapped = peft.get_peft_model(llama(size.merge_layers, size.merge_width, dtype=dtype), theirs())
     for model in (ours_model, wrapped):
         _draw(model)
+
     def apart() -> None:
         if not peftkit.adapters(ours_model):  # merged for good: the sum is the base of the next round
             peftkit.inject(ours_model, ours())

@@ -13,7 +13,6 @@ shared, unmerged exactly, and the stored adapter is a plain LoRA of rank 2r on t
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -21,28 +20,15 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from peftkit import leading, peft_lora, row_blocks
 from peftkit.graft import underneath
-from peftkit.hosts import ConvHost, EmbeddingHost, Host, LinearHost, host_of, why_no_host
+from peftkit.hosts import EmbeddingHost, Host, LinearHost, host_of, why_no_host
 from peftkit.kernels.lora_linear import lora_linear
 from peftkit.method import Adapter, Config
-from peftkit.peft_patterns import PeftPatterns, compact, pattern_keys
 from peftkit.sites import Site
 from peftkit.targets import PerSite, TargetError
 
-INITS = ("kaiming", "gaussian", "pissa", "olora")
-_FROM_BASE = ("pissa", "olora")
-Blocks = Sequence[tuple[int, int]]
-
-# peft flags that change what the stored tensors mean, with the values under which they do not
-_PEFT_PLAIN: dict[str, tuple[Any, ...]] = {
-    "bias": ("none",), "lora_bias": (False,), "use_dora": (False,), "use_qalora": (False,), "use_bdlora": (None, False),
-    "layer_replication": (None,), "megatron_config": (None,), "alora_invocation_tokens": (None,),
-    "arrow_config": (None,), "target_parameters": (None, []), "kasa_config": (None,), "monteclora_config": (None,),
-    "velora_config": (None,),
-}
-# initial values that leave the base as it is, and those whose change of it can be computed again
-_PEFT_INITS = ("gaussian", "eva", "orthogonal", *_FROM_BASE)
-
+INITS = ("kaiming", "gaussian", *leading.INITS)
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAConfig(Config, method="lora", peft_type="LORA"):
@@ -69,7 +55,7 @@ class LoRAConfig(Config, method="lora", peft_type="LORA"):
     init: str = "kaiming"
     rank_stabilized: bool = False
     dtype: torch.dtype | None = None
-    rows: Mapping[str, Blocks] | None = None
+    rows: Mapping[str, row_blocks.Blocks] | None = None
 
     default_targets: ClassVar[Sequence[str]] = ("attention", "mlp")
 
@@ -88,14 +74,14 @@ class LoRAConfig(Config, method="lora", peft_type="LORA"):
             raise ValueError(f"dropout: a probability in [0, 1), not {self.dropout!r}")
         if self.init not in INITS:
             raise ValueError(f"init: one of {', '.join(map(repr, INITS))}, not {self.init!r}")
-        if self.init in _FROM_BASE and self.dropout:
+        if self.init in leading.INITS and self.dropout:
             raise ValueError(f"dropout: 0 with init={self.init!r}, whose frozen pair must see the input of the trained one")
         if self.dtype is not None and not self.dtype.is_floating_point:
             raise ValueError(f"dtype: a floating-point dtype, not {self.dtype}")
 
     @property
     def identity(self) -> Literal["bits", "rounding"]:
-        return "rounding" if self.init in _FROM_BASE else "bits"  # of s(BA − B₀A₀)
+        return "rounding" if self.init in leading.INITS else "bits"  # of s(BA − B₀A₀)
 
     def refuses(self, site: Site) -> str | None:
         return why_no_host(site)
@@ -119,7 +105,7 @@ class LoRAConfig(Config, method="lora", peft_type="LORA"):
                 f"dropout={self.dropout} cannot be applied at {site.name!r}: MultiheadAttention reads the weight, so "
                 "there is no input to drop; set dropout=0.0 or exclude it"
             )
-        _check_blocks(shape.blocks, host)
+        row_blocks.check(shape.blocks, host)
         return LoRAAdapter(host, shape, self)
 
     def check(self, site: Site, plan: dict[str, _Shape]) -> None:
@@ -129,8 +115,10 @@ class LoRAConfig(Config, method="lora", peft_type="LORA"):
             ValueError: r is larger than the rank any change of the weight can have.
         """
         host, shape = host_of(site), plan[site.name]
-        if self.init in _FROM_BASE and (reason := _why_not_from_base(host)) is not None:
+        if self.init in leading.INITS and (reason := leading.why_not(host)) is not None:
             raise TargetError(f"init={self.init!r} cannot start from the weight at {site.name!r}: {reason}")
+        if self.init == "pissa" and shape.alpha < 0:
+            raise ValueError(f"alpha={shape.alpha} at {site.name!r}: PiSSA divides singular values by the scale; give a positive one")
         rows = min((b - a for a, b in shape.blocks), default=host.rows)
         largest = min(rows, host.cols) * host.groups
         if shape.r > largest:
@@ -154,60 +142,25 @@ class LoRAConfig(Config, method="lora", peft_type="LORA"):
         return ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B")
 
     def to_peft(self, adapters: Mapping[str, Adapter]) -> dict[str, Any]:
-        shapes = {path: a.as_plain() for path, a in adapters.items() if isinstance(a, LoRAAdapter)}
-        r = Counter(s.r for s in shapes.values()).most_common(1)[0][0]
-        alpha = Counter(s.alpha for s in shapes.values()).most_common(1)[0][0]
-        ranks = {path: s.r for path, s in shapes.items() if s.r != r}
-        alphas = {path: s.alpha for path, s in shapes.items() if s.alpha != alpha}
-        keys = pattern_keys(shapes) if ranks or alphas else {}
-        return {
-            "r": r,
-            "lora_alpha": _int_if_whole(alpha),
-            "lora_dropout": self.dropout,
-            "use_rslora": self.rank_stabilized,
-            "rank_pattern": {keys[path]: own for path, own in ranks.items()},
-            "alpha_pattern": {keys[path]: _int_if_whole(own) for path, own in alphas.items()},
-            "fan_in_fan_out": any(getattr(a.host, "transposed", False) for a in adapters.values()),  # type: ignore[union-attr]
-            "bias": "none",
-            "init_lora_weights": True,
-            "layers_pattern": None,
-            "layers_to_transform": None,
-            "use_dora": False,
-        }
+        pairs = {path: a for path, a in adapters.items() if isinstance(a, LoRAAdapter)}
+        return peft_lora.settings(
+            {path: a.as_plain() for path, a in pairs.items()},
+            lora_dropout=self.dropout,
+            use_rslora=self.rank_stabilized,
+            fan_in_fan_out=any(a.transposed for a in pairs.values()),
+        )
 
     @classmethod
     def check_peft(cls, stored: Mapping[str, Any]) -> None:
-        for flag, plain in _PEFT_PLAIN.items():
-            if stored.get(flag) not in (None, *plain):
-                raise ValueError(f"{flag}={stored[flag]!r} is not supported by {cls.__name__}; expected {plain[0]!r}")
-        init = stored.get("init_lora_weights", True)
-        if not (init is None or isinstance(init, bool) or init in _PEFT_INITS):
-            raise ValueError(
-                f"init_lora_weights={init!r} may have changed the base weights it was trained on, in a way that cannot be "
-                "computed again; convert it to plain LoRA with peft's path_initial_model_for_weight_conversion first"
-            )
+        peft_lora.check(stored, cls.__name__)
 
     @classmethod
     def from_peft(cls, stored: Mapping[str, Any], shapes: Mapping[str, Mapping[str, torch.Size]]) -> LoRAConfig:
-        rank = PeftPatterns(stored.get("rank_pattern") or {}, stored.get("r", 8))
-        alpha = PeftPatterns(stored.get("alpha_pattern") or {}, stored.get("lora_alpha", 8))
-        ranks, alphas = {}, {}
-        for path, found in shapes.items():
-            # to peft, MultiheadAttention's out_proj is part of its module
-            known = path.removesuffix(".base_layer.out_proj")
-            ranks[path], alphas[path] = rank.at(known), alpha.at(known)
-            for key, shape in found.items():
-                if key in ("lora_A.weight", "lora_embedding_A") and tuple(shape[:1]) != (ranks[path],):
-                    raise ValueError(
-                        f"r is {ranks[path]!r} for {path!r}, but {key} there has the shape {tuple(shape)}; the config and "
-                        "the tensors are not of one adapter"
-                    )
         init = stored.get("init_lora_weights", True)
         return cls(
-            r=compact(ranks),
-            alpha=compact(alphas),
+            **peft_lora.ranks_and_alphas(stored, shapes),
             dropout=float(stored.get("lora_dropout") or 0.0),
-            init=init if init in _FROM_BASE else "kaiming",
+            init=init if init in leading.INITS else "kaiming",
             rank_stabilized=bool(stored.get("use_rslora", False)),
             targets=tuple(f"^{path}" for path in shapes),
         )
@@ -246,7 +199,7 @@ class LoRAAdapter(Adapter):
 
     def __init__(self, host: Host, shape: _Shape, config: LoRAConfig):
         super().__init__()
-        embedding, subtracts = isinstance(host, EmbeddingHost), config.init in _FROM_BASE
+        embedding, subtracts = isinstance(host, EmbeddingHost), config.init in leading.INITS
         vars(self).update(  # at once, since nn.Module's __setattr__ would take longer than all the rest
             host=host,
             shape=shape,
@@ -282,15 +235,10 @@ class LoRAAdapter(Adapter):
         return a, b
 
     def _in_place(self, b: Tensor) -> Tensor:
-        """B of several row blocks with each at its rows and its columns, and zeros between."""
-        r, blocks = self.shape.r, self.shape.blocks
-        if not blocks:
-            return b
-        pieces = b.split([stop - start for start, stop in blocks])
-        whole = b.new_zeros(self.host.rows, r * len(blocks))
-        for i, ((start, stop), piece) in enumerate(zip(blocks, pieces, strict=True)):
-            whole[start:stop, r * i : r * (i + 1)] = piece
-        return whole
+        return row_blocks.spread(b, self.shape.blocks, self.shape.r, self.host.rows)
+
+    def _stacked(self, b: Tensor) -> Tensor:
+        return row_blocks.stacked(b, self.shape.blocks, self.shape.r)
 
     def forward(self, base: Any, *args: Any, **kwargs: Any) -> Tensor:
         y = base(*args, **kwargs)
@@ -334,7 +282,7 @@ class LoRAAdapter(Adapter):
         a, b = self.lora_A, self.lora_B
         if a.is_meta:
             return
-        if self.init in _FROM_BASE:
+        if self.init in leading.INITS:
             self._start_from_base()
         elif isinstance(self.host, EmbeddingHost):
             a.zero_()
@@ -350,7 +298,7 @@ class LoRAAdapter(Adapter):
     def _start_from_base(self) -> None:
         weight = self.host.matrices(self.host.weight)[0].float()
         blocks = self.shape.blocks or ((0, self.host.rows),)
-        pairs = [_leading(weight[start:stop], self.shape.r, self.init, self.scale) for start, stop in blocks]
+        pairs = [leading.pair(weight[start:stop], self.shape.r, self.init, self.scale) for start, stop in blocks]
         self.lora_A.copy_(torch.cat([a for a, _ in pairs]))
         self.lora_B.copy_(torch.cat([b for _, b in pairs]))
         self.frozen_A.copy_(self.lora_A)
@@ -358,10 +306,10 @@ class LoRAAdapter(Adapter):
 
     # -- the file -----------------------------------------------------------------------------------------------------
 
-    def as_plain(self) -> _Shape:
+    def as_plain(self) -> tuple[int, float]:
         """Rank and alpha of the plain pair of the same scale."""
         r, times = self.shape.r, max(1, len(self.shape.blocks)) * (2 if self.subtracts else 1)
-        return _Shape(r * times, self.shape.alpha * (math.sqrt(times) if self.rank_stabilized else times))
+        return r * times, self.shape.alpha * (math.sqrt(times) if self.rank_stabilized else times)
 
     @property
     def halved(self) -> bool:
@@ -386,60 +334,19 @@ class LoRAAdapter(Adapter):
         a, b = self.host.from_stored(found[self.tensor_names["lora_A"]]), found[self.tensor_names["lora_B"]]
         b = b * 2 if self.halved else b
         if self.subtracts and a.shape[0] == self.lora_A.shape[0]:
-            if (reason := _why_not_from_base(self.host)) is not None:
+            if (reason := leading.why_not(self.host)) is not None:
                 raise ValueError(f"init={self.init!r} is relative to the weight at {self.host.name!r}, but {reason}")
             self._start_from_base()
         elif self.subtracts:
             n, m = a.shape[0] // 2, b.shape[1] // 2
             self.take("frozen_A", a[n:].clone())
-            self.take("frozen_B", -self._own_blocks(b[:, m:]))
+            self.take("frozen_B", -self._stacked(b[:, m:]))
             a, b = a[:n].clone(), b[:, :m]
         self.take("lora_A", a)
-        self.take("lora_B", self._own_blocks(b))
-
-    def _own_blocks(self, b: Tensor) -> Tensor:
-        r = self.shape.r
-        pieces = [b[start:stop, r * i : r * (i + 1)] for i, (start, stop) in enumerate(self.shape.blocks)]
-        return torch.cat(pieces) if pieces else b.contiguous()
+        self.take("lora_B", self._stacked(b))
 
     def extra_repr(self) -> str:
         return f"r={self.shape.r}, alpha={self.shape.alpha:g}" + (f", dropout={self.dropout}" if self.dropout else "")
 
 
 _PLAIN = (nn.Parameter, Tensor)
-
-
-def _leading(weight: Tensor, r: int, init: str, scale: float) -> tuple[Tensor, Tensor]:
-    """A: (r in) and B: (out r) from the weight's SVD (PiSSA eq. 2–3, with s divided out) or QR (OLoRA alg. 1)."""
-    if init == "olora":
-        q, upper = torch.linalg.qr(weight)
-        return upper[:r], q[:, :r]
-    u, sigma, vh = torch.linalg.svd(weight, full_matrices=False)
-    root = (sigma[:r] / scale).sqrt()
-    return root[:, None] * vh[:r], u[:, :r] * root
-
-
-def _why_not_from_base(host: Host) -> str | None:
-    if isinstance(host, ConvHost | EmbeddingHost):
-        return "it is no Linear"
-    if (reason := host.why_not_dense()) is not None:
-        return reason
-    return "it is on the meta device" if host.weight.is_meta else None
-
-
-def _check_blocks(blocks: Blocks, host: Host) -> None:
-    if not blocks:
-        return
-    if not isinstance(host, LinearHost):
-        raise TargetError(f"rows: {host.name!r} is no Linear, so it has no row blocks")
-    end = 0
-    for start, stop in sorted(blocks):
-        if not 0 <= start < stop <= host.rows:
-            raise TargetError(f"rows: ({start}, {stop}) does not lie in the {host.rows} rows of {host.name!r}")
-        if start < end:
-            raise TargetError(f"rows: the blocks {list(blocks)} of {host.name!r} overlap")
-        end = stop
-
-
-def _int_if_whole(x: float) -> float | int:
-    return int(x) if float(x).is_integer() else x
