@@ -73,9 +73,7 @@ class Row:
 def peft_layer(case: Case, linear: nn.Linear, a: Tensor, b: Tensor) -> PeftLinear:
     """peft's own layer around the same base, with adapters of the dtype and values of a and b."""
     config = LoraConfig(r=case.r, lora_alpha=int(SCALE * case.r), lora_dropout=case.dropout)
-    layer = PeftLinear(
-        linear, config=config, adapter_name="default", r=case.r, lora_alpha=int(SCALE * case.r)
-    )
+    layer = PeftLinear(linear, config=config, adapter_name="default", r=case.r, lora_alpha=int(SCALE * case.r))
     layer.lora_A["default"].weight = nn.Parameter(a.detach().clone())
     layer.lora_B["default"].weight = nn.Parameter(b.detach().clone())
     linear.requires_grad_(False)
@@ -130,9 +128,7 @@ def measure(case: Case, rounds: int) -> list[Row]:
     adapters["peft, fp32 adapters (its default)"] = trained(default)
     if case.dtype is not torch.float32:
         same = peft_layer(case, linear, low_a, low_b)
-        forwards["lora_linear, same dtype"] = lambda: lora_linear(
-            x, weight, bias, low_a, low_b, SCALE, case.dropout
-        )
+        forwards["lora_linear, same dtype"] = lambda: lora_linear(x, weight, bias, low_a, low_b, SCALE, case.dropout)
         forwards["peft, same dtype"] = lambda: same(x)
         adapters["lora_linear, same dtype"] = (low_a, low_b)
         adapters["peft, same dtype"] = trained(same)
@@ -194,9 +190,7 @@ def main() -> None:
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 21
     rows = [row for case in track(CASES, "measuring") for row in measure(case, rounds)]
 
-    table = Table(
-        "", "ms", "over base", "saved MiB", "error y", "dX", "dA", "dB", title="LoRA linear, one thread"
-    )
+    table = Table("", "ms", "over base", "saved MiB", "error y", "dX", "dA", "dB", title="LoRA linear, one thread")
     for row in rows:
         if row.name == "F.linear":
             table.add_section()

@@ -44,9 +44,7 @@ def _machine(found: dict[str, Any]) -> str:
 
 def _against_peft(rows: list[dict[str, Any]]) -> str:
     verdict = {True: "met", False: "**missed**", None: ""}
-    lines = [
-        (r["what"], f"{_figure(r['measured'])} {r['unit']}", _figure(r["limit"]), verdict[r["met"]]) for r in rows
-    ]
+    lines = [(r["what"], f"{_figure(r['measured'])} {r['unit']}", _figure(r["limit"]), verdict[r["met"]]) for r in rows]
     return _table(("what", "measured", "at most", ""), lines)
 
 

@@ -119,9 +119,7 @@ def _backward_again(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, a, b, s, keep = ctx.saved_tensors
     x_needs, y_needs, _, _, a_needs, b_needs, _, _ = ctx.needs_input_grad
     if x is None and x_needs and b_needs:
-        raise RuntimeError(
-            "lora_linear: with `a` frozen x is not saved, so only first derivatives; use `reference`"
-        )
+        raise RuntimeError("lora_linear: with `a` frozen x is not saved, so only first derivatives; use `reference`")
     dy = _rows(grad)
     low = a.to(dy.dtype)
     mask = 1 if keep is None else keep
@@ -164,9 +162,7 @@ def _shrink(x: Tensor, a: Tensor, dropout: float) -> tuple[Tensor, Tensor | None
     return s, keep, 1 - threshold / 2**16
 
 
-def _backward_through_mask(
-    x: Tensor | None, keep: Tensor, ds: Tensor, a: Tensor, dx: Tensor | None
-) -> Tensor | None:
+def _backward_through_mask(x: Tensor | None, keep: Tensor, ds: Tensor, a: Tensor, dx: Tensor | None) -> Tensor | None:
     """Adds mask ∘ (dS A) to dx; returns dSᵀ (mask ∘ x) where x was saved, in fp32 or wider."""
     rows = _rows_per_piece(keep)
     mask = ds.new_empty(rows, keep.shape[1])
@@ -304,9 +300,7 @@ def _check(
     if bias is not None:
         _check_shape("bias", bias, (b.shape[0],))
     if y is not None and (y.shape[-1:] != b.shape[:1] or y.shape[:-1] != x.shape[:-1]):
-        raise ValueError(
-            f"y: expected {(*x.shape[:-1], b.shape[0])} for the x and b given, found {tuple(y.shape)}"
-        )
+        raise ValueError(f"y: expected {(*x.shape[:-1], b.shape[0])} for the x and b given, found {tuple(y.shape)}")
 
 
 def _check_shape(name: str, tensor: Tensor, expected: tuple[int | str, ...]) -> None:

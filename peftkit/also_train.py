@@ -217,7 +217,9 @@ def wanted(
         used.update(hits)
         ids = rows[hits[0]]  # type: ignore[index]
         if any(rows[h] != ids for h in hits):  # type: ignore[index]
-            raise TargetError(f"also_train: {' and '.join(map(repr, hits))} both match {site.name!r} and want different rows")
+            raise TargetError(
+                f"also_train: {' and '.join(map(repr, hits))} both match {site.name!r} and want different rows"
+            )
         if ids is not None:
             ids = _checked_rows(site, ids)
         elif (reason := why_not_graft(site.module) or _why_not_whole(site.module)) is not None:
@@ -255,8 +257,11 @@ def build(found: Mapping[Site, Sequence[int] | None], sites: Sequence[Site]) -> 
                 if other in found or not isinstance(module, nn.Linear | nn.Embedding):
                     raise TargetError(
                         f"also_train: {site.name!r} shares its weight with {other.name!r}, "
-                        + ("name one of them, the other follows" if other in found else
-                           f"a {type(module).__name__}, which would not know of the rows; untie them first")
+                        + (
+                            "name one of them, the other follows"
+                            if other in found
+                            else f"a {type(module).__name__}, which would not know of the rows; untie them first"
+                        )
                     )
                 made[other] = TokenRows(module, ids, adapter.rows)
     first: dict[int, tuple[Adapter, str]] = {}
@@ -270,10 +275,14 @@ def build(found: Mapping[Site, Sequence[int] | None], sites: Sequence[Site]) -> 
 
 def _checked_rows(site: Site, ids: Sequence[int]) -> list[int]:
     if not isinstance(site.module, nn.Embedding):
-        raise TargetError(f"also_train: rows can be trained of an Embedding; {site.name!r} is a {type(site.module).__name__}")
+        raise TargetError(
+            f"also_train: rows can be trained of an Embedding; {site.name!r} is a {type(site.module).__name__}"
+        )
     weight = site.module._parameters.get("weight")
     if type(weight) is not nn.Parameter or not weight.is_floating_point():
-        raise TargetError(f"also_train: the weight of {site.name!r} is a {type(weight).__name__}, which has no rows to copy")
+        raise TargetError(
+            f"also_train: the weight of {site.name!r} is a {type(weight).__name__}, which has no rows to copy"
+        )
     if site.module.max_norm is not None:
         raise TargetError(f"also_train: {site.name!r} has max_norm, so it rewrites its own rows in every forward")
     try:
@@ -311,7 +320,9 @@ def _check_apart(found: Mapping[Site, Sequence[int] | None]) -> None:
         inside = {id(m) for m in site.module.modules()} if ids is None else set()
         for other in found:
             if other is not site and id(other.module) in inside:
-                raise TargetError(f"also_train: {other.name!r} lies in {site.name!r}, which is trained whole; name one of them")
+                raise TargetError(
+                    f"also_train: {other.name!r} lies in {site.name!r}, which is trained whole; name one of them"
+                )
 
 
 def _check_ties(whole: Sequence[Site], sites: Sequence[Site]) -> None:

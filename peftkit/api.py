@@ -10,12 +10,12 @@ from typing import Any
 from torch import nn
 
 from peftkit import also_train, ledger, merging, storage
+from peftkit.hosts import linear_like
 from peftkit.ledger import Attachment, Ledger
 from peftkit.method import Adapter, Config
 from peftkit.report import Report, report
 from peftkit.sites import Site
 from peftkit.targets import TargetError, select
-from peftkit.hosts import linear_like
 
 
 def inject(model: nn.Module, config: Config, *, name: str = "default") -> Report:
@@ -197,7 +197,9 @@ def merge(model: nn.Module, *names: str, keep_base: bool = True) -> None:
         if attachment.name in record.merged:
             raise ValueError(f"{attachment.name!r} is merged already")
         if attachment.name not in record.switch.names:
-            raise ValueError(f"{attachment.name!r} is not active, so merging it would change the output; activate it first")
+            raise ValueError(
+                f"{attachment.name!r} is not active, so merging it would change the output; activate it first"
+            )
     if record.merged and not keep_base:
         raise ValueError(f"{', '.join(map(repr, record.merged))} is merged with its base kept; unmerge(model) first")
     merging.merge(root, record, chosen, keep=keep_base)

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftkit.holder import CHILD, Graft, Grafted, Names, Switch, graft_of, original_class
+from peftkit.holder import CHILD, Graft, Grafted, Switch, graft_of, original_class
 from peftkit.reading import READING, read, reads, stand_in, without_graft
 
-
 # -- the class ----------------------------------------------------------------------------------------------------------
+
 
 def _forward_for(base: type[nn.Module]) -> Callable[..., Any]:
     reads_weights = issubclass(base, READING)
@@ -54,7 +54,8 @@ def _around(module: nn.Module, replacement: Callable[..., Any], *args: Any, **kw
     The class's forward adds none in that case, since the replacement may call it.
     """
     graft = graft_of(module)
-    if graft is None or module.__dict__.get("forward", _NOTHING).args[1] is not replacement:  # replaced in its turn
+    now = module.__dict__.get("forward")
+    if graft is None or now is None or now.args[1] is not replacement:  # replaced in its turn
         return replacement(*args, **kwargs)
     names = graft.switch.acting()
     call = replacement
@@ -70,9 +71,6 @@ def _around(module: nn.Module, replacement: Callable[..., Any], *args: Any, **kw
             "nothing reads the adapted weights; eject the adapter here, or call the forward that was replaced"
         )
     return result
-
-
-_NOTHING = functools.partial(_around, None, None)
 
 
 def _replaced(module: nn.Module, replacement: Callable[..., Any]) -> functools.partial[Any]:
@@ -125,9 +123,9 @@ def _graft_class(base: type[nn.Module]) -> type[nn.Module]:
     if issubclass(base, nn.Sequential):  # a list of its children
         body["__len__"] = lambda self: len(self._modules) - (CHILD in self._modules)
         body["__iter__"] = lambda self: iter([m for key, m in self._modules.items() if key != CHILD])
-        body["__getitem__"] = lambda self, index: base.__getitem__(without_graft(self), index)
+        body["__getitem__"] = lambda self, index: without_graft(self)[index]  # type: ignore[index]
     # the name stays: accelerate, transformers and others know classes by it
-    return type(base.__name__, (Grafted, base), body)
+    return type(base.__name__, (Grafted, base), body)  # type: ignore[return-value]
 
 
 def _rebuild(base: type[nn.Module]) -> nn.Module:
@@ -166,7 +164,9 @@ def why_not_ungraft(module: nn.Module) -> str | None:
     if "__grafted__" in type(module).__dict__:
         return None
     later = next(c for c in type(module).__mro__ if "__grafted__" in c.__dict__)
-    return f"something made its class {type(module).__name__} out of {later.__qualname__} after attaching; undo that first"
+    return (
+        f"something made its class {type(module).__name__} out of {later.__qualname__} after attaching; undo that first"
+    )
 
 
 def graft(module: nn.Module, switch: Switch) -> Graft:
@@ -226,6 +226,7 @@ def freeze(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str]]:
 
 
 def unfreeze(turned: Iterable[tuple[nn.Module, str]]) -> None:
+    """Turn it on again for what `freeze` returned."""
     for module, name in turned:
         p = module._parameters[name] if name in module._parameters else None
         if p is not None:

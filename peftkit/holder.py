@@ -105,6 +105,7 @@ def original_class(module: nn.Module) -> type[nn.Module]:
 
 
 def graft_of(module: nn.Module) -> Graft | None:
+    """The child that holds the module's adapters; None where it has none."""
     children = module._modules  # a scripted module's has no `get`
     child = children[CHILD] if CHILD in children else None
     return child if isinstance(child, Graft) else None

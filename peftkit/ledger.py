@@ -11,8 +11,8 @@ from torch import nn
 
 from peftkit.graft import freeze, graft, unfreeze, ungraft, why_not_graft, why_not_ungraft
 from peftkit.holder import Graft, Names, Switch, graft_of
-from peftkit.reading import READERS
 from peftkit.method import Adapter, Config, own_parameters
+from peftkit.reading import READERS
 from peftkit.sites import Site, walk
 from peftkit.targets import TargetError, nearest
 
@@ -84,7 +84,8 @@ class Ledger:
     merged: Names = ()
 
     def named(self, names: Iterable[str]) -> list[Attachment]:
-        """
+        """The attachments of these names.
+
         Raises:
             KeyError: no adapter of a name is attached.
         """
@@ -137,9 +138,8 @@ class Ledger:
         self.activate((attachment.name,))
 
     def check_classes(self) -> None:
-        """
-        Raises:
-            RuntimeError: a module's class was changed after attaching, so its own cannot be given back.
+        """Raises:
+        RuntimeError: a module's class was changed after attaching, so its own cannot be given back.
         """
         for module in [m for m, _ in self.grafts()] + self.readers:
             if (reason := why_not_ungraft(module)) is not None:
@@ -207,9 +207,8 @@ class Ledger:
 
 
 def check_name(name: str) -> None:
-    """
-    Raises:
-        ValueError: a name that could not be a module's, or would leave the directory it is saved in.
+    """Raises:
+    ValueError: a name that could not be a module's, or would leave the directory it is saved in.
     """
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
         raise ValueError(f"an adapter's name is letters, digits, '_' and '-', not {name!r}")
@@ -222,7 +221,9 @@ def find(model: nn.Module) -> tuple[nn.Module, Ledger] | None:
         return model, own
     found = [(s.module, s.module.__dict__[_ATTRIBUTE]) for s in walk(model) if _ATTRIBUTE in s.module.__dict__]
     if len(found) > 1:
-        raise ValueError(f"adapters were attached to {len(found)} different parts of this {type(model).__name__}; name one")
+        raise ValueError(
+            f"adapters were attached to {len(found)} different parts of this {type(model).__name__}; name one"
+        )
     return found[0] if found else None
 
 
@@ -263,9 +264,8 @@ def for_attaching(model: nn.Module, name: str) -> tuple[Ledger, list[Site]]:
 
 
 def check_graftable(sites: Iterable[Site]) -> None:
-    """
-    Raises:
-        TargetError: a site whose module's class cannot be swapped.
+    """Raises:
+    TargetError: a site whose module's class cannot be swapped.
     """
     for site in sites:
         reason = why_not_graft(site.module)

@@ -135,7 +135,9 @@ def _check_finite(jobs: Sequence[Job]) -> None:
         for value in own_parameters(adapter):
             if not _finite(value):
                 name = next(n for n, p in adapter.named_parameters() if p is value)
-                raise ValueError(f"adapter {key!r} at {site.name!r} has values in {name} that are not finite; nothing merged")
+                raise ValueError(
+                    f"adapter {key!r} at {site.name!r} has values in {name} that are not finite; nothing merged"
+                )
 
 
 def _finite(value: Tensor) -> bool:

@@ -13,9 +13,18 @@ from peftkit.peft_patterns import PeftPatterns, compact, pattern_keys
 
 # peft flags that change what the stored tensors mean, with the values under which they do not
 _PLAIN: dict[str, tuple[Any, ...]] = {
-    "bias": ("none",), "lora_bias": (False,), "use_dora": (False,), "use_qalora": (False,), "use_bdlora": (None, False),
-    "layer_replication": (None,), "megatron_config": (None,), "alora_invocation_tokens": (None,),
-    "arrow_config": (None,), "target_parameters": (None, []), "kasa_config": (None,), "monteclora_config": (None,),
+    "bias": ("none",),
+    "lora_bias": (False,),
+    "use_dora": (False,),
+    "use_qalora": (False,),
+    "use_bdlora": (None, False),
+    "layer_replication": (None,),
+    "megatron_config": (None,),
+    "alora_invocation_tokens": (None,),
+    "arrow_config": (None,),
+    "target_parameters": (None, []),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
     "velora_config": (None,),
 }
 # initial values that leave the base as it is, and those whose change of it can be computed again

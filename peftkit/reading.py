@@ -69,7 +69,9 @@ def stand_in(module: nn.Module, names: Names) -> nn.Module:
             readable = readable and (not encoder or torch.compiler.is_compiling() or _plain(child))
             new = _holding(child, whole) if whole and readable else child
         if not readable and not encoder:
-            raise RuntimeError(f"{type(module).__name__} reads the weights of {key!r}, which the adapter there cannot give it")
+            raise RuntimeError(
+                f"{type(module).__name__} reads the weights of {key!r}, which the adapter there cannot give it"
+            )
         calls |= not readable
         if new is not child:
             children[key] = new
@@ -100,6 +102,7 @@ def _holding(module: nn.Module, adapters: Iterable[Any]) -> nn.Module:
 
 
 def without_graft(module: nn.Module) -> nn.Module:
+    """A shallow copy of the module as it is without adapters."""
     base = original_class(module)
     clone = base.__new__(base)
     clone.__dict__.update(module.__dict__)

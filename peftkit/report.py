@@ -69,9 +69,13 @@ class Report:
         for title in ("parameters", "bytes"):
             table.add_column(title, justify="right")
         for names, row, count, size in self._grouped():
-            table.add_row(row.adapter, names, row.host, f"{row.method} {row.detail}", row.state, f"{count:,}", _size(size))
+            table.add_row(
+                row.adapter, names, row.host, f"{row.method} {row.detail}", row.state, f"{count:,}", _size(size)
+            )
         out = io.StringIO()
-        Console(file=out, width=max(100, min(140, 60 + max((len(n) for n, *_ in self._grouped()), default=0)))).print(table)
+        Console(file=out, width=max(100, min(140, 60 + max((len(n) for n, *_ in self._grouped()), default=0)))).print(
+            table
+        )
         return out.getvalue().rstrip()
 
     def summary(self) -> str:
@@ -98,7 +102,11 @@ class Report:
 def report(model: nn.Module, ledger: Ledger | None, names: Sequence[str] | None = None) -> Report:
     """The report of the adapters `names`, or of all."""
     rows: list[Row] = []
-    acting = [p for a in ledger.attachments.values() if a.name in ledger.switch.names for p in a.parameters()] if ledger else []
+    acting = (
+        [p for a in ledger.attachments.values() if a.name in ledger.switch.names for p in a.parameters()]
+        if ledger
+        else []
+    )
     for attachment in ledger.attachments.values() if ledger else ():
         if names is not None and attachment.name not in names:
             continue

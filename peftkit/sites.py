@@ -8,6 +8,7 @@ from torch import nn
 
 from peftkit.holder import Graft
 
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Site:
     """A place an adapter can hang on: a module, or one of several weights of a module.
@@ -45,22 +46,25 @@ def walk(model: nn.Module) -> list[Site]:
     """Every module of `model` once, in order, with all of its names; adapters are left out."""
     paths: dict[int, list[str]] = {}
     found: list[tuple[nn.Module, nn.Module | None]] = []
+    above: set[int] = set()  # ids of the modules that lead here: one that holds itself is not entered again
 
-    def visit(module: nn.Module, path: str, parent: nn.Module | None, above: frozenset[int]) -> None:
-        known = paths.get(id(module))
+    def visit(module: nn.Module, path: str, parent: nn.Module | None) -> None:
+        at = id(module)
+        known = paths.get(at)
         if known is None:
-            paths[id(module)] = [path]
+            paths[at] = [path]
             found.append((module, parent))
         else:
             known.append(path)
-        if module._modules and id(module) not in above:
-            above = above | {id(module)}
+        if module._modules and at not in above:
+            above.add(at)
             prefix = path + "." if path else ""
             for key, child in module._modules.items():
-                if child is not None and not isinstance(child, Graft):
-                    visit(child, prefix + key, module, above)
+                if child is not None and type(child) is not Graft:
+                    visit(child, prefix + key, module)
+            above.discard(at)
 
-    visit(model, "", None, frozenset())
+    visit(model, "", None)
     sites = []
     for module, parent in found:
         name, *aliases = paths[id(module)]

@@ -27,7 +27,9 @@ T = TypeVar("T")
 PRESETS = ("all-linear", "attention", "mlp")
 
 _ATTENTION = re.compile(r".*(attn|attention).*", re.IGNORECASE)
-_MLP = re.compile(r"mlp|ffn|ff|fc[12]|linear[12]|feed_?forward.*|.*dense_?relu_?dense|intermediate|experts?|lin[12]", re.I)
+_MLP = re.compile(
+    r"mlp|ffn|ff|fc[12]|linear[12]|feed_?forward.*|.*dense_?relu_?dense|intermediate|experts?|lin[12]", re.I
+)
 _HEADS = frozenset({"lm_head", "head", "classifier", "score", "embed_out", "output_projection", "fc"})
 
 
@@ -110,9 +112,7 @@ def heads(model: nn.Module) -> set[int]:
     """Ids of the output heads: what the model calls so, and Linears near the top with a head's customary name."""
     found = {id(m) for m in [getattr(model, "get_output_embeddings", lambda: None)()] if isinstance(m, nn.Module)}
     for name, module in model.named_children():
-        if name in _HEADS:
-            found.update(id(m) for m in module.modules())
-        elif name == "cls":  # BERT's pre-training heads
+        if name in _HEADS or name == "cls":
             found.update(id(m) for m in module.modules())
     return found
 
@@ -289,9 +289,7 @@ class PerSite(Generic[T]):
         best, *others = hits
         for h in others:
             if _rank(h) == _rank(best) and self._mapping[h] != self._mapping[best]:
-                raise TargetError(
-                    f"{self._field}: {best!r} and {h!r} both match {site.name!r}, with different values"
-                )
+                raise TargetError(f"{self._field}: {best!r} and {h!r} both match {site.name!r}, with different values")
         return self._mapping[best]
 
     def finish(self, names: Iterable[str]) -> None:

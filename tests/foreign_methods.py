@@ -143,7 +143,9 @@ class _PrefixedAttention(TorchFunctionMode):
             mask = mask.tril(tokens - q.shape[2]) if causal else mask
         before = mask.new_ones if mask.dtype == torch.bool else mask.new_zeros
         mask = torch.cat([before(*mask.shape[:-1], length), mask], -1)
-        return func(q, self._beside(self.key, k), self._beside(self.value, v), attn_mask=mask, is_causal=False, **kwargs)
+        return func(
+            q, self._beside(self.key, k), self._beside(self.value, v), attn_mask=mask, is_causal=False, **kwargs
+        )
 
     @staticmethod
     def _beside(prefix: Tensor, tokens: Tensor) -> Tensor:

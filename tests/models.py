@@ -98,8 +98,19 @@ def linear() -> nn.Module:
 def llama(layers: int = 2, **kwargs: Any) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 31}
-    sizes |= {"num_hidden_layers": layers, "max_position_embeddings": 64, "pad_token_id": 0, "attention_bias": True} | kwargs
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 31,
+    }
+    sizes |= {
+        "num_hidden_layers": layers,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+        "attention_bias": True,
+    } | kwargs
     return drawn(LlamaForCausalLM(LlamaConfig(**sizes)))
 
 
@@ -109,7 +120,11 @@ def bert() -> nn.Module:
     return drawn(
         BertModel(
             BertConfig(
-                hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=31,
+                hidden_size=16,
+                intermediate_size=24,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                vocab_size=31,
                 max_position_embeddings=32,
             ),
             add_pooling_layer=False,
@@ -126,8 +141,11 @@ def gpt2() -> nn.Module:
 def convolutions() -> nn.Module:
     return drawn(
         nn.Sequential(
-            nn.Conv2d(2, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 8, 3, stride=2, groups=2, dilation=2, padding="valid"),
-            nn.ReLU(), nn.Conv2d(8, 4, 1, padding=1, padding_mode="circular"),
+            nn.Conv2d(2, 6, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(6, 8, 3, stride=2, groups=2, dilation=2, padding="valid"),
+            nn.ReLU(),
+            nn.Conv2d(8, 4, 1, padding=1, padding_mode="circular"),
         )
     )
 

@@ -6,12 +6,13 @@ import copy
 from typing import Any
 
 import models
-import peftkit
 import pytest
 import torch
 from models import drawn, evaluated, ids, numbers
-from peftkit import LoRAConfig
 from torch import Tensor, nn
+
+import peftkit
+from peftkit import LoRAConfig
 
 
 class Classifier(nn.Module):
@@ -284,7 +285,9 @@ def test_each_name_has_its_own_and_adapters_beneath_are_left_out():
     peftkit.activate(model, "outer")
     assert torch.equal(evaluated(model, x), outer)
     for names in (("inner", "outer"), ("outer", "inner")):
-        with pytest.raises(ValueError, match=r"'outer' takes the place of 'head', so what 'inner' has at 'head.0' cannot"):
+        with pytest.raises(
+            ValueError, match=r"'outer' takes the place of 'head', so what 'inner' has at 'head.0' cannot"
+        ):
             peftkit.activate(model, *names)
     other = copy.deepcopy(model)
     with torch.no_grad():
@@ -414,7 +417,9 @@ def test_an_offloaded_module_is_refused_and_one_offloaded_later_is_not_merged():
     accelerate = pytest.importorskip("accelerate")
     x = tokens()
     model = accelerate.cpu_offload(classifier(), execution_device=torch.device("cpu"))
-    with pytest.raises(ValueError, match="'head' cannot be trained whole: weight of 0 in it is offloaded by accelerate"):
+    with pytest.raises(
+        ValueError, match="'head' cannot be trained whole: weight of 0 in it is offloaded by accelerate"
+    ):
         peftkit.inject(model, config("head"))
     model = tied()
     peftkit.inject(model, config({"embed": [4, 10]}, "mid"))

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from benchmarks.page import PAGE, page
 
 ROOT = Path(__file__).parents[1]

@@ -11,12 +11,13 @@ from typing import Any
 from unittest import mock
 
 import models
-import peftkit
 import pytest
 import torch
 from models import drawn, evaluated, numbers
-from peftkit import LoRAConfig
 from torch import Tensor, nn
+
+import peftkit
+from peftkit import LoRAConfig
 
 
 def draw(model: nn.Module, *names: str) -> None:
@@ -494,7 +495,9 @@ def test_a_class_swapped_after_attaching_computes_and_is_not_lost_in_ejecting(tm
     cls = type(model[2])
     assert torch.equal(evaluated(model, x), want)
     for end in (peftkit.eject, functools.partial(peftkit.merge, keep_base=False)):
-        with pytest.raises(RuntimeError, match="something made its class FSDPLinear out of GraftedLinear after attaching"):
+        with pytest.raises(
+            RuntimeError, match="something made its class FSDPLinear out of GraftedLinear after attaching"
+        ):
             end(model)
         assert type(model[2]) is cls
         assert torch.equal(evaluated(model, x), want)

@@ -10,14 +10,15 @@ from typing import Any
 from unittest import mock
 
 import models
-import peftkit
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from models import drawn, numbers
-from peftkit import LoRAConfig
 from torch import Tensor, nn
+
+import peftkit
+from peftkit import LoRAConfig
 
 S = 1.5  # alpha / r of every adapter below
 
@@ -273,7 +274,7 @@ def test_convolutions_of_any_shape(dim, groups, wide, out, k, stride, dilation, 
     assume(mode == "zeros" or not isinstance(padding, int) or padding > 0)
     cls = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dim - 1]
     size = (4, 5, 6)[:dim]
-    shape = dict(stride=stride, dilation=dilation, padding=padding, padding_mode=mode, groups=groups)
+    shape = {"stride": stride, "dilation": dilation, "padding": padding, "padding_mode": mode, "groups": groups}
     kind = Kind(
         "conv", one(lambda: cls(groups * wide, groups * out, k, **shape)), numbers(2, groups * wide, *size), "0",
         "0.weight", convolved, r=groups,
@@ -398,10 +399,18 @@ def test_threads_that_read_weights_do_not_see_each_other(make):
     assert not wrong
 
 
-PEFT = ("linear", "gpt2-conv1d", "embedding", "scaled-embedding", "conv1d")  # it pads A with zeros whatever padding_mode says
+PEFT = (
+    "linear",
+    "gpt2-conv1d",
+    "embedding",
+    "scaled-embedding",
+    "conv1d",
+)  # it pads A with zeros whatever padding_mode says
 
 
-@pytest.mark.parametrize("kind", [k for k in KINDS if k.name in PEFT or k.name.startswith("attention-in_proj-b")], ids=str)
+@pytest.mark.parametrize(
+    "kind", [k for k in KINDS if k.name in PEFT or k.name.startswith("attention-in_proj-b")], ids=str
+)
 def test_peft_computes_the_same(kind, tmp_path):
     peft = pytest.importorskip("peft")
     model, x = kind.make(), kind.x()

@@ -27,7 +27,17 @@ def test_importing_changes_nothing_and_loads_no_model_library():
     out = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=True)
     found = json.loads(out.stdout)
     assert found["changed"] == [] and not found["classes"] and not found["rng"] and not found["cuda"]
-    heavy = {"transformers", "peft", "accelerate", "bitsandbytes", "torchao", "rich", "triton", "huggingface_hub", "einops"}
+    heavy = {
+        "transformers",
+        "peft",
+        "accelerate",
+        "bitsandbytes",
+        "torchao",
+        "rich",
+        "triton",
+        "huggingface_hub",
+        "einops",
+    }
     assert not heavy & set(found["new"])
 
 

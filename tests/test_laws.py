@@ -7,9 +7,9 @@ import dataclasses
 import threading
 from itertools import product
 
+import foreign_methods  # noqa: F401 - registers its methods, as any package may
 import pytest
 import torch
-import foreign_methods  # noqa: F401 - registers its methods, as any package may
 from models import CASES, Case, evaluated, output
 from torch import nn
 
@@ -106,8 +106,11 @@ def test_law_2_names_objects_hooks_and_classes_stay(case, config):
     torch.manual_seed(0)
     model = case.make()
     calls = []
-    hooked = next(m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.LayerNorm)
-                  or type(m).__name__ == "Conv1D")
+    hooked = next(
+        m
+        for m in model.modules()
+        if isinstance(m, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.LayerNorm) or type(m).__name__ == "Conv1D"
+    )
     hooked.register_forward_hook(lambda *_: calls.append(1))
     parameters = dict(model.named_parameters())
     modules = dict(model.named_modules())

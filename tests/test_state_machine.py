@@ -126,8 +126,10 @@ class Verbs(RuleBasedStateMachine):
         with torch.no_grad():  # the base is what it is now
             for layer in ("embed", "up", "down"):
                 now = self.model.get_submodule(layer).weight
-                wanted = self.base.get_submodule(layer).weight.double() + sum(self.deltas[n].get(layer, 0) for n in chosen)
-                assert torch.allclose(now.double(), wanted, rtol=2 * torch.finfo(now.dtype).eps, atol=1e-2 * 2 ** -7)
+                wanted = self.base.get_submodule(layer).weight.double() + sum(
+                    self.deltas[n].get(layer, 0) for n in chosen
+                )
+                assert torch.allclose(now.double(), wanted, rtol=2 * torch.finfo(now.dtype).eps, atol=1e-2 * 2**-7)
                 self.base.get_submodule(layer).weight.copy_(now)
         for n in chosen:
             del self.deltas[n]
@@ -216,7 +218,10 @@ class Verbs(RuleBasedStateMachine):
         for k, p in self.model.named_parameters():
             if "peftkit" not in k:
                 assert p.requires_grad == (self.flags[k] and not self.deltas)
-            elif k.split("peftkit.")[1].split(".")[0] not in self.active or k.split("peftkit.")[1].split(".")[0] in self.merged:
+            elif (
+                k.split("peftkit.")[1].split(".")[0] not in self.active
+                or k.split("peftkit.")[1].split(".")[0] in self.merged
+            ):
                 assert not p.requires_grad
         if not self.deltas:
             assert type(self.model.up) is nn.Linear and list(own) == list(now) and "_peftkit" not in vars(self.model)

@@ -82,7 +82,7 @@ def test_a_target_that_means_nothing(targets, message):
 
 @pytest.mark.parametrize("layers", [[2], [-3], 5, [0, 7]])
 def test_a_layer_that_does_not_exist(layers):
-    with pytest.raises(TargetError, match="out of range.*blocks 0 to 1"):
+    with pytest.raises(TargetError, match=r"out of range.*blocks 0 to 1"):
         sites(llama(), layers=layers)
 
 

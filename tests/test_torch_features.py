@@ -8,14 +8,15 @@ from collections.abc import Callable
 from typing import Any
 
 import models
-import peftkit
 import pytest
 import torch
 from models import Case, drawn, evaluated, numbers, output
-from peftkit import LoRAConfig
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
+
+import peftkit
+from peftkit import LoRAConfig
 
 CASES = {case.name: case for case in models.CASES}
 each = pytest.mark.parametrize("case", CASES.values(), ids=str)
@@ -159,7 +160,13 @@ def counting(backend: str = "eager") -> CompileCounterWithBackend:
     return CompileCounterWithBackend(backend)
 
 
-@each
+SLOW = ("gpt2", "conv1d", "conv3d", "attention-three", "shared")
+each_compiled = pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=pytest.mark.slow if c.name in SLOW else ()) for c in CASES.values()], ids=str
+)
+
+
+@each_compiled
 def test_it_compiles_into_one_graph_with_the_same_gradients(case):
     model, x = adapted(case), case.x()
     want = gradients(model, x)
@@ -184,7 +191,8 @@ def test_it_compiles_into_one_graph_without_gradients(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["linear", "attention", pytest.param("encoder", marks=pytest.mark.slow), "embedding", "conv2d"]
+    "name",
+    ["linear", "attention", *(pytest.param(n, marks=pytest.mark.slow) for n in ("encoder", "embedding", "conv2d"))],
 )
 def test_a_compiled_model_follows_every_switch(name):
     case = CASES[name]

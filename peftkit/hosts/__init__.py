@@ -51,7 +51,9 @@ def why_no_host(site: Site) -> str | None:
     if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[arg-type]
         return f"this {kind} has no shape yet; run one batch through the model first"
     if module._parameters.get(site.weight_name) is None:
-        return f"its {site.weight_name} is not a parameter but computed (weight_norm, spectral_norm or a parametrization)"
+        return (
+            f"its {site.weight_name} is not a parameter but computed (weight_norm, spectral_norm or a parametrization)"
+        )
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return "an Embedding with max_norm rewrites its own weight in every forward"
     if module._parameters[site.weight_name].dim() < 2 and not hasattr(module, "in_features"):  # type: ignore[union-attr]

@@ -16,7 +16,11 @@ from peftkit.sites import Site
 _CHUNK_BYTES = 1 << 18  # fp32 scratch for merging into a half-precision weight; stays in the cache
 _HF_CONV1D = "transformers.pytorch_utils"  # where its Conv1D is, known by name so that transformers is not imported
 _KNOWN_FORWARDS: set[object] = {
-    nn.Linear.forward, nn.Embedding.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward
+    nn.Linear.forward,
+    nn.Embedding.forward,
+    nn.Conv1d.forward,
+    nn.Conv2d.forward,
+    nn.Conv3d.forward,
 }
 
 

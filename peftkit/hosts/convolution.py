@@ -31,7 +31,9 @@ class ConvHost(Host):
         if r % self.groups:
             raise ValueError(f"r={r} at {self.name!r} is no multiple of its {self.groups} groups")
         return (r, self.module.in_channels // self.groups, *kernel), (
-            self.module.out_channels, r // self.groups, *(1 for _ in kernel)
+            self.module.out_channels,
+            r // self.groups,
+            *(1 for _ in kernel),
         )
 
     def add_low_rank(self, x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: float, dropout: float) -> Tensor:

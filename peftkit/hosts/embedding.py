@@ -29,8 +29,11 @@ class EmbeddingHost(Host):
         m = self.module
         rows = F.embedding(x.to(a.device), a.t(), m.padding_idx, None, 2.0, m.scale_grad_by_freq)
         delta = F.linear(rows, b).to(device=y.device, dtype=y.dtype)
-        return torch.add(y, delta if isinstance(self.embed_scale, float) and self.embed_scale == 1.0
-                         else delta * self.embed_scale, alpha=scale)
+        return torch.add(
+            y,
+            delta if isinstance(self.embed_scale, float) and self.embed_scale == 1.0 else delta * self.embed_scale,
+            alpha=scale,
+        )
 
     def matrices(self, weight: Tensor) -> list[Tensor]:
         return [weight.t()]

@@ -30,6 +30,7 @@ from peftkit.targets import PerSite, TargetError
 
 INITS = ("kaiming", "gaussian", *leading.INITS)
 
+
 @dataclass(frozen=True, kw_only=True)
 class LoRAConfig(Config, method="lora", peft_type="LORA"):
     """LoRA (arXiv 2106.09685).
@@ -69,13 +70,17 @@ class LoRAConfig(Config, method="lora", peft_type="LORA"):
                 raise ValueError(f"r: a rank is an integer of at least 1, not {r!r}")
         for a in self.alpha.values() if isinstance(self.alpha, Mapping) else [self.alpha]:
             if a is not None and (isinstance(a, bool) or not math.isfinite(a) or a == 0):
-                raise ValueError(f"alpha: a finite number other than 0, not {a!r}; with 0 or NaN nothing could be learned")
+                raise ValueError(
+                    f"alpha: a finite number other than 0, not {a!r}; with 0 or NaN nothing could be learned"
+                )
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout: a probability in [0, 1), not {self.dropout!r}")
         if self.init not in INITS:
             raise ValueError(f"init: one of {', '.join(map(repr, INITS))}, not {self.init!r}")
         if self.init in leading.INITS and self.dropout:
-            raise ValueError(f"dropout: 0 with init={self.init!r}, whose frozen pair must see the input of the trained one")
+            raise ValueError(
+                f"dropout: 0 with init={self.init!r}, whose frozen pair must see the input of the trained one"
+            )
         if self.dtype is not None and not self.dtype.is_floating_point:
             raise ValueError(f"dtype: a floating-point dtype, not {self.dtype}")
 
@@ -118,7 +123,9 @@ class LoRAConfig(Config, method="lora", peft_type="LORA"):
         if self.init in leading.INITS and (reason := leading.why_not(host)) is not None:
             raise TargetError(f"init={self.init!r} cannot start from the weight at {site.name!r}: {reason}")
         if self.init == "pissa" and shape.alpha < 0:
-            raise ValueError(f"alpha={shape.alpha} at {site.name!r}: PiSSA divides singular values by the scale; give a positive one")
+            raise ValueError(
+                f"alpha={shape.alpha} at {site.name!r}: PiSSA divides singular values by the scale; give a positive one"
+            )
         rows = min((b - a for a, b in shape.blocks), default=host.rows)
         largest = min(rows, host.cols) * host.groups
         if shape.r > largest:
@@ -181,7 +188,8 @@ _EMBEDDING_NAMES = {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}
 
 class LoRAAdapter(Adapter):
     """One pair. `lora_A: (r in)` — stacked for several row blocks — and `lora_B: (out r)`; a convolution's have its
-    kernel's dimensions. `frozen_A` and `frozen_B` are the initial pair where the method subtracts it."""
+    kernel's dimensions. `frozen_A` and `frozen_B` are the initial pair where the method subtracts it.
+    """
 
     fast = ("lora_B",)
     host: Host
