@@ -43,10 +43,9 @@ format: $(STAMPS)/test
 	@$(BIN)/ruff check --fix --quiet . ; $(BIN)/ruff format .
 
 bench: $(STAMPS)/test
-	@set -e; for script in $(filter-out benchmarks/measure.py,$(wildcard benchmarks/*.py)); do \
-		echo "$$script"; $(BIN)/python $$script; \
-	done
-	@$(BIN)/python -m benchmarks.against_peft
+	@$(BIN)/python benchmarks/lora_linear.py
+	@$(BIN)/python -m benchmarks.against_peft $(BENCH_FLAGS)
+	@$(BIN)/python -m benchmarks.page
 
 clean:
 	rm -rf $(VENV) .cache build *.egg-info

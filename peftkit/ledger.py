@@ -122,6 +122,7 @@ class Ledger:
                     adapter.train(site.module.training)
                 made._modules[key] = adapter
             self._graft_readers(everything, attachment)
+            _check_hooks(everything, attachment)
             attachment.undo = attachment.config.setup(model)
         except BaseException:
             for site, key in hung:
@@ -261,6 +262,21 @@ def for_attaching(model: nn.Module, name: str) -> tuple[Ledger, list[Site]]:
     if ledger.merged:
         raise ValueError(f"{', '.join(map(repr, ledger.merged))} is merged; unmerge(model) before attaching another")
     return ledger, everything
+
+
+def _check_hooks(everything: Iterable[Site], attachment: Attachment) -> None:
+    """accelerate's `preload_module_classes` looks up all that lies in a module among what it once offloaded."""
+    for site in everything:
+        hook = site.module.__dict__.get("_hf_hook")
+        for one in getattr(hook, "hooks", [hook]):
+            if getattr(one, "offload", False) and getattr(one, "place_submodules", False):
+                inside = {id(m) for m in site.module.modules()}
+                for name, adapted in attachment.sites.items():
+                    if id(adapted.module) in inside:
+                        raise TargetError(
+                            f"{name!r} lies in {site.name!r}, which accelerate offloads as one piece and would not find "
+                            "the adapter in; attach before offloading, or offload without preload_module_classes"
+                        )
 
 
 def check_graftable(sites: Iterable[Site]) -> None:

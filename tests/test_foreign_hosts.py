@@ -316,6 +316,15 @@ def test_offloaded_attention_is_read_when_its_weights_are_there():
     assert torch.equal(evaluated(model, x), want)
 
 
+def test_a_block_that_is_offloaded_in_one_piece_is_refused():
+    model = offloaded(models.llama(), preload_module_classes=["LlamaMLP"])
+    with pytest.raises(ValueError, match="'model.layers.0.mlp.gate_proj' lies in 'model.layers.0.mlp', which accelerate"):
+        peftkit.inject(model, LoRAConfig(r=2, targets="mlp"))
+    assert not pairs(model)
+    peftkit.inject(model, LoRAConfig(r=2, targets="attention"))
+    evaluated(model, models.ids())
+
+
 def hooked(module: nn.Module, hook: Any = None) -> Any:
     hooks = pytest.importorskip("accelerate.hooks")
 
