@@ -66,7 +66,7 @@ def stand_in(module: nn.Module, names: Names) -> nn.Module:
         else:
             readable = all(a.merges and not any("." in name for name in a.merges) for a in whole)
             readable = readable and not (encoder and "forward" in child.__dict__)
-            readable = readable and (not encoder or torch.compiler.is_compiling() or _plain(child))
+            readable = readable and (not encoder or _plain(child))
             new = _holding(child, whole) if whole and readable else child
         if not readable and not encoder:
             raise RuntimeError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -12,6 +13,9 @@ from peftkit.graft import original_class
 from peftkit.ledger import Ledger
 from peftkit.method import own_parameters
 from peftkit.sites import walk
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 @dataclass(frozen=True)
@@ -57,28 +61,32 @@ class Report:
 
     @property
     def sites(self) -> list[str]:
+        """Names of the sites, each once."""
         return list(dict.fromkeys(r.site for r in self.rows))
 
     def __str__(self) -> str:
-        from rich.console import Console  # a table is seldom asked for; importing it costs more than this package
-        from rich.table import Table
+        from rich.console import Console
+
+        out = io.StringIO()
+        longest = max((len(name) for name, *_ in self._grouped()), default=0)
+        Console(file=out, width=max(100, min(160, 80 + longest))).print(self)
+        return out.getvalue().rstrip()
+
+    def __rich__(self) -> Table:
+        from rich.table import Table  # a table is seldom asked for; importing it costs more than this package
 
         table = Table(caption=self.summary(), caption_justify="left")
         for title in ("adapter", "where", "on", "what", "state"):
             table.add_column(title, overflow="fold")
         for title in ("parameters", "bytes"):
             table.add_column(title, justify="right")
-        for names, row, count, size in self._grouped():
-            table.add_row(
-                row.adapter, names, row.host, f"{row.method} {row.detail}", row.state, f"{count:,}", _size(size)
-            )
-        out = io.StringIO()
-        Console(file=out, width=max(100, min(140, 60 + max((len(n) for n, *_ in self._grouped()), default=0)))).print(
-            table
-        )
-        return out.getvalue().rstrip()
+        for where, row, count, size in self._grouped():
+            what = f"{row.method} {row.detail}"
+            table.add_row(row.adapter, where, row.host, what, row.state, f"{count:,}", _size(size))
+        return table
 
     def summary(self) -> str:
+        """One line: what is trained, how large it is, and how it is computed."""
         share = 100 * self.trained / max(1, self.total + self.parameters)
         return (
             f"{self.trained:,} parameters are trained ({share:.3g} % of {self.total + self.parameters:,}); "

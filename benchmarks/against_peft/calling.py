@@ -28,7 +28,7 @@ def measure(size: Size) -> Iterator[Row]:
         times,
     )
     for width in (64, 1024):
-        times = _times(_linears(width), lambda m, x: m(x).sum().backward(), size, inner)
+        times = _times(_linears(width), lambda m, x: m(x).sum().backward(), size, min(inner, 10))
         yield against(f"forward and backward of one token, Linear {width}→{width}, r 8", times, size.limit(1.0))
     for dtype, limit in ((torch.float32, 1.12), (torch.bfloat16, 1.25)):
         times = _train_steps(size, dtype)

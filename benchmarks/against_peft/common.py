@@ -43,12 +43,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Size:
-    """How much to measure. `QUICK` and `FULL` differ in `adapters` and rounds alone; limits hold at these sizes.
+    """How much to measure. `QUICK` and `FULL` differ in `adapters` alone; limits hold at these sizes.
 
     Attributes:
         layers, fewer: blocks, of 7 Linears, of the larger and the smaller model of tiny width.
         adapters: how many to attach, and to load, one after the other on the smaller model.
-        rounds: of each interleaved measurement; calls that take microseconds get 100 times as many.
+        rounds: of each interleaved measurement; short calls get many times as many.
         width, tokens: of the model whose train step is measured.
         merge_layers, merge_width: of the model that is merged.
         promised: whether the limits hold in this size.
@@ -69,7 +69,7 @@ class Size:
 
 
 QUICK = Size()
-FULL = Size(adapters=100, rounds=15)
+FULL = Size(adapters=100)
 TINY = Size(layers=2, fewer=1, adapters=3, rounds=2, width=32, tokens=8, merge_layers=1, merge_width=32, promised=False)
 
 Group = Callable[[Size], Iterator[Row]]
