@@ -203,6 +203,8 @@ def wanted(
         TargetError: a pattern that matches nothing, rows of something that is no embedding or has fewer, a module that
             cannot be copied and trained, or lies in another one that is named.
     """
+    if not also_train:
+        return {}
     rows: Mapping[str, Sequence[int] | None] = (
         also_train if isinstance(also_train, Mapping) else dict.fromkeys(also_train)
     )
@@ -239,6 +241,8 @@ def build(found: Mapping[Site, Sequence[int] | None], sites: Sequence[Site]) -> 
         TargetError: a weight is shared with a module that would go on with the old one.
     """
     made: dict[Site, InPlace] = {}
+    if not found:
+        return made
     whole = [s for s, ids in found.items() if ids is None]
     _check_ties(whole, sites)
     if whole:

@@ -46,7 +46,7 @@ def inject(model: nn.Module, config: Config, *, name: str = "default") -> Report
     also = also_train.wanted(config.also_train, everything)
     attachment = _build(name, config, sites, also, everything, trainable=True, new=True)
     record.attach(model, everything, attachment)
-    return report(model, record, [name])
+    return report(model, record, [name], everything)
 
 
 def _build(
@@ -78,7 +78,7 @@ def _build(
             )
         adapters[site.name], where[site.name] = adapter, site
     for adapter in adapters.values():
-        if new or adapter.starts_from_base:
+        if new:
             adapter.reset_parameters()
     return Attachment(name, config, adapters, where, trainable)
 
@@ -225,9 +225,9 @@ def reset(model: nn.Module, *names: str) -> None:
         KeyError: no such adapter. ValueError: an adapter is merged.
     """
     _, record = ledger.require(model)
+    if record.merged:  # initial values may be taken from the base, which is not there
+        raise ValueError(f"{', '.join(map(repr, record.merged))} is merged; unmerge(model) before resetting")
     for attachment in record.named(names or tuple(record.attachments)):
-        if attachment.name in record.merged:
-            raise ValueError(f"{attachment.name!r} is merged; unmerge(model) before changing it")
         for adapter in attachment.adapters.values():
             adapter.reset_parameters()
 
@@ -318,4 +318,4 @@ def load(
         raise storage.StorageError(f"{stored.path}: {error}") from error
     storage.fill(stored, attachment)
     record.attach(model, everything, attachment)
-    return report(model, record, [name])
+    return report(model, record, [name], everything)

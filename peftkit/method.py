@@ -65,8 +65,6 @@ class Adapter(nn.Module):
         """Draw the initial values anew; identity where the method promises it."""
         raise NotImplementedError
 
-    starts_from_base: bool = False  # its initial values say what the stored ones mean, so they are needed at load
-
     # -- for adapters that act on a weight ---------------------------------------------------------------------------
 
     merges: Sequence[str] = ()  # parameters of the host that merging changes; empty: cannot be merged

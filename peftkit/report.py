@@ -5,21 +5,20 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import nn
 
 from peftkit.graft import original_class
 from peftkit.ledger import Ledger
 from peftkit.method import own_parameters
-from peftkit.sites import walk
+from peftkit.sites import Site, walk
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One adapter on one site. `parameters` counts its own; `trained` those with `requires_grad`; sizes are bytes."""
 
     adapter: str
@@ -107,8 +106,13 @@ class Report:
         return lines
 
 
-def report(model: nn.Module, ledger: Ledger | None, names: Sequence[str] | None = None) -> Report:
-    """The report of the adapters `names`, or of all."""
+def report(
+    model: nn.Module,
+    ledger: Ledger | None,
+    names: Sequence[str] | None = None,
+    everything: Sequence[Site] | None = None,
+) -> Report:
+    """The report of the adapters `names`, or of all; `everything` is `walk(model)`, where the caller has it."""
     rows: list[Row] = []
     acting = (
         [p for a in ledger.attachments.values() if a.name in ledger.switch.names for p in a.parameters()]
@@ -121,7 +125,11 @@ def report(model: nn.Module, ledger: Ledger | None, names: Sequence[str] | None 
         merged, active = attachment.name in ledger.merged, attachment.name in ledger.switch.names  # type: ignore[union-attr]
         state = "merged" if merged else "active" if active else "attached"
         for name, adapter in attachment.adapters.items():
-            parameters = own_parameters(adapter)
+            count = trained = size = 0
+            for p in own_parameters(adapter):
+                n = p.numel()
+                count, size = count + n, size + n * p.element_size()
+                trained += n if p.requires_grad else 0
             rows.append(
                 Row(
                     adapter=attachment.name,
@@ -129,14 +137,20 @@ def report(model: nn.Module, ledger: Ledger | None, names: Sequence[str] | None 
                     host=original_class(attachment.sites[name].module).__name__,
                     method=attachment.config.method if type(adapter).__module__ != "peftkit.also_train" else "whole",
                     detail=adapter.extra_repr(),
-                    parameters=sum(p.numel() for p in parameters),
-                    trained=sum(p.numel() for p in parameters if p.requires_grad),
-                    bytes=sum(p.numel() * p.element_size() for p in parameters),
+                    parameters=count,
+                    trained=trained,
+                    bytes=size,
                     state=state,
                 )
             )
     # what does not act is not trained; asking it all the same would cost more with every adapter attached
-    base = {id(p): p for s in walk(model) if s.part is None for p in s.module._parameters.values() if p is not None}
+    base = {
+        id(p): p
+        for s in everything or walk(model)
+        if s.part is None
+        for p in s.module._parameters.values()
+        if p is not None
+    }
     return Report(
         rows=tuple(rows),
         trained=sum(p.numel() for p in (*base.values(), *acting) if p.requires_grad and not nn.parameter.is_lazy(p)),

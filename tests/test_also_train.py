@@ -354,6 +354,25 @@ def test_what_was_tied_on_the_meta_device_is_tied_when_the_values_come(also):
     assert shared[0] is shared[1]
 
 
+def test_resetting_takes_the_base_s_values_and_never_merged_ones():
+    model, x = classifier(), tokens()
+    base = evaluated(model, x)
+    peftkit.inject(model, LoRAConfig(r=2, targets="head.0"), name="merged")
+    with torch.no_grad():
+        for p in peftkit.parameters(model):
+            p.normal_()
+    peftkit.inject(model, config("head"), name="whole")
+    train(model, x)
+    peftkit.activate(model, "merged")
+    peftkit.merge(model)
+    with pytest.raises(ValueError, match=r"'merged' is merged; unmerge\(model\) before resetting"):
+        peftkit.reset(model, "whole")
+    peftkit.unmerge(model)
+    peftkit.reset(model, "whole")
+    peftkit.activate(model, "whole")
+    assert torch.equal(evaluated(model, x), base)
+
+
 def computed() -> nn.Module:
     layer = torch.nn.utils.weight_norm(nn.Linear(4, 4))
     layer(torch.ones(1, 4))

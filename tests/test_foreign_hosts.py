@@ -237,6 +237,35 @@ def test_a_class_swapped_after_attaching_computes_and_is_not_lost_in_ejecting(tm
     assert type(model[2]) is nn.Linear
 
 
+@pytest.mark.parametrize("after", [False, True])
+def test_fsdp2_shards_an_adapted_model_and_an_adapter_hangs_on_a_sharded_one(after, tmp_path):
+    from torch.distributed import destroy_process_group, device_mesh, fsdp, init_process_group
+
+    init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        mesh = device_mesh.init_device_mesh("cpu", (1,))
+        model, plainly, x = models.llama(), models.llama(), models.ids()
+        for m, shards in ((plainly, False), (model, True)):
+            if after:
+                peftkit.inject(m, LoRAConfig(r=2))
+                draw(m)
+            for part in [*m.model.layers, m] if shards else []:
+                fsdp.fully_shard(part, mesh=mesh)
+            if not after:
+                peftkit.inject(m, LoRAConfig(r=2))
+                draw(m)
+            m(x).logits.square().mean().backward()
+        found = zip(peftkit.parameters(model), peftkit.parameters(plainly), strict=True)
+        for p, want in found:
+            grad = getattr(p.grad, "full_tensor", lambda grad=p.grad: grad)()
+            torch.testing.assert_close(grad, want.grad, rtol=1e-4, atol=1e-6)
+        with pytest.raises(ValueError, match="its weight is a DTensor"):
+            peftkit.merge(model)
+        peftkit.eject(model)
+    finally:
+        destroy_process_group()
+
+
 def test_a_class_swapped_before_attaching_stays():
     model, x = models.linear(), numbers(3, 6)()
     sharded(model[0])

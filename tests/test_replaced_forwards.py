@@ -212,9 +212,8 @@ def test_offloaded_attention_is_read_when_its_weights_are_there():
 
 def test_a_block_that_is_offloaded_in_one_piece_is_refused():
     model = offloaded(models.llama(), preload_module_classes=["LlamaMLP"])
-    with pytest.raises(
-        ValueError, match=r"'model\.layers\.0\.mlp\.gate_proj' lies in 'model\.layers\.0\.mlp', which accelerate"
-    ):
+    message = r"'model\.layers\.0\.mlp\.gate_proj' lies in 'model\.layers\.0\.mlp', which accelerate"
+    with pytest.raises(ValueError, match=message):
         peftkit.inject(model, LoRAConfig(r=2, targets="mlp"))
     assert not pairs(model)
     peftkit.inject(model, LoRAConfig(r=2, targets="attention"))

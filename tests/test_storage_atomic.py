@@ -67,6 +67,8 @@ def test_a_killed_save(tmp_path):
             pid = os.wait()[0]
             sys.stdin.readline()
         print(flush=True)
+        if os.getpid() % 2:
+            peftkit.save(first, {str(target)!r})
         while True:
             peftkit.save(second, {str(target)!r})
             peftkit.save(first, {str(target)!r})
@@ -76,14 +78,19 @@ def test_a_killed_save(tmp_path):
     torch.save(second.state_dict(), tmp_path / "second.pt")
     seen = [0, 0]
     random.seed(0)
+    began = time.perf_counter()
+    peftkit.save(first, tmp_path / "other")
+    once = time.perf_counter() - began
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
         assert child.stdin is not None and child.stdout is not None
         try:
-            for _ in range(40):
+            for kills in range(400):
+                if kills >= 25 and min(seen) > 2 and _abandoned(tmp_path):
+                    break
                 child.stdin.write(b"\n")
                 child.stdin.flush()
                 child.stdout.readline()
-                time.sleep(random.uniform(0, 0.03))
+                time.sleep(random.uniform(0, 3 * once))
                 os.kill(_only_child(child.pid), signal.SIGKILL)
                 _wait_until_gone(child.pid)
                 seen[loads_as(target, first, second)] += 1
@@ -91,14 +98,17 @@ def test_a_killed_save(tmp_path):
                 assert (target / "checkpoint" / "state.txt").read_text() == "state"
         finally:
             child.kill()
-    assert min(seen) > 3, seen  # both were found, so saves were interrupted at both ends
-    left = [p for p in tmp_path.iterdir() if p.name.endswith(".new")]
-    assert left, "no save was interrupted in its middle"
-    for p in left:
+    assert min(seen) > 2, seen  # both were found, so saves were interrupted at both ends
+    assert _abandoned(tmp_path), "no save was interrupted in its middle"
+    for p in _abandoned(tmp_path):
         os.utime(p, (0, 0))
     peftkit.save(first, target)
     assert hidden(tmp_path) == []
     assert loads_as(target, first, second) == 0 and (target / "tokenizer.json").exists()
+
+
+def _abandoned(parent: Path) -> list[Path]:
+    return [p for p in parent.iterdir() if p.name.endswith(".new")]
 
 
 def _only_child(pid: int) -> int:

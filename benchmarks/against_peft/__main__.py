@@ -1,5 +1,7 @@
 """Measure peftkit's verbs beside peft's, in one process and on one thread, and print a table.
 
+Times are CPU time, which other users of the machine do not stretch; saving, which waits for the disk, is timed on the wall.
+
 `python -m benchmarks.against_peft` takes minutes. With `--full` it takes most of an hour, nearly all of it peft's, and
 writes the result file. `--only switching files` measures some groups.
 """
@@ -36,6 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.against_peft", description=__doc__)
     parser.add_argument("--full", action="store_true", help="100 adapters, more rounds; writes the result file")
     parser.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS), help="some groups; writes nothing")
+    parser.add_argument("--write", action="store_true", help="keep the outcome of a smaller run too")
     args = parser.parse_args()
 
     torch.set_num_threads(1)
@@ -47,7 +50,7 @@ def main() -> None:
                 rows.append(row)
                 console.print(f"{row.what}: {figure(row.measured)} {row.unit}", highlight=False)
     console.print(table(rows))
-    if args.full and len(args.only) == len(GROUPS):
+    if (args.full or args.write) and len(args.only) == len(GROUPS):
         write_result("against_peft", [row.as_json() for row in rows])
 
 

@@ -7,7 +7,6 @@ import json
 import statistics
 import subprocess
 import sys
-import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,9 +16,8 @@ import torch
 from torch import nn
 
 import peftkit
-from benchmarks.measure import interleaved
 
-from .common import Row, Size, against, llama, names_of, ours, theirs
+from .common import Row, Size, against, clock, llama, names_of, ours, theirs, timed
 
 
 def measure(size: Size) -> Iterator[Row]:
@@ -44,7 +42,7 @@ def on_fresh_models(
     def taking(run: Callable[[nn.Module], Any]) -> Callable[[], Any]:
         return lambda: run(fresh[0])
 
-    return interleaved({name: taking(run) for name, run in candidates.items()}, rounds, build, warmup=int(rounds > 1))
+    return timed({name: taking(run) for name, run in candidates.items()}, rounds, build, warmup=int(rounds > 1))
 
 
 def _inject(size: Size, device: str) -> dict[str, float]:
@@ -78,9 +76,9 @@ def one_by_one(attach: Callable[[str], Any], count: int) -> list[float]:
     gc.disable()
     try:
         for i in range(count):
-            start = time.perf_counter()
+            start = clock()
             attach(f"a{i}")
-            times.append(time.perf_counter() - start)
+            times.append(clock() - start)
     finally:
         gc.enable()
     return times

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import peftkit
-from benchmarks.measure import interleaved
 
-from .common import Row, Size, against, llama, ours, theirs
+from .common import Row, Size, against, llama, ours, theirs, timed
 
 
 def measure(size: Size) -> Iterator[Row]:
@@ -61,7 +60,7 @@ def _times(
         return lambda: call(module, x)
 
     candidates = {name: calling(module) for name, module in modules.items()}
-    return interleaved(candidates, 40 * size.rounds, inner=inner, warmup=10)
+    return timed(candidates, 40 * size.rounds, inner=inner, warmup=10)
 
 
 def _train_steps(size: Size, dtype: torch.dtype) -> dict[str, float]:
@@ -90,4 +89,4 @@ def _train_steps(size: Size, dtype: torch.dtype) -> dict[str, float]:
 
         return step
 
-    return interleaved({name: stepping(model) for name, model in models.items()}, 3 * size.rounds)
+    return timed({name: stepping(model) for name, model in models.items()}, 3 * size.rounds)

@@ -32,7 +32,7 @@ def measure(size: Size) -> Iterator[Row]:
             },
             2 * size.rounds,
         )
-        yield against(f"save {count} Linears", times, size.limit(1 / 2))
+        yield against(f"save {count} Linears, on the wall clock", times, size.limit(1 / 2))
 
         times = on_fresh_models(
             size.layers,

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import peftkit
-from benchmarks.measure import interleaved
 
-from .common import Row, Size, against, llama, names_of, ours, theirs
+from .common import Row, Size, against, llama, names_of, ours, theirs, timed
 
 
 def measure(size: Size) -> Iterator[Row]:
@@ -41,7 +40,7 @@ def _merging(size: Size, dtype: torch.dtype, limit: float) -> Iterator[Row]:
         if wrapped.get_submodule(f"base_model.model.{names[0]}").merged:
             wrapped.unmerge_adapter()
 
-    times = interleaved(
+    times = timed(
         {
             "peftkit": lambda: peftkit.merge(ours_model),
             "peftkit for good": lambda: peftkit.merge(ours_model, keep_base=False),

@@ -10,9 +10,8 @@ import peft
 from torch import nn
 
 import peftkit
-from benchmarks.measure import interleaved
 
-from .common import Row, Size, against, llama, ours, theirs
+from .common import Row, Size, against, llama, ours, theirs, timed
 
 
 def measure(size: Size) -> Iterator[Row]:
@@ -22,7 +21,7 @@ def measure(size: Size) -> Iterator[Row]:
     peftkit.inject(model, ours(), name="first")
     peftkit.inject(model, ours(), name="second")
     wrapped.add_adapter("second", theirs())
-    times = interleaved({"peftkit": _there_and_back(model), "peft": lambda: _set(wrapped)}, 2 * size.rounds)
+    times = timed({"peftkit": _there_and_back(model), "peft": lambda: _set(wrapped)}, 2 * size.rounds)
     yield against(f"switch between two trained adapters and back, {count} Linears", times, size.limit(1 / 40))
 
     def off_and_on() -> None:
@@ -33,7 +32,7 @@ def measure(size: Size) -> Iterator[Row]:
         wrapped.base_model.disable_adapter_layers()
         wrapped.base_model.enable_adapter_layers()
 
-    times = interleaved({"peftkit": off_and_on, "peft": peft_off_and_on}, 2 * size.rounds)
+    times = timed({"peftkit": off_and_on, "peft": peft_off_and_on}, 2 * size.rounds)
     yield against(f"switch a trained adapter off and on, {count} Linears", times, size.limit(1 / 40))
 
     def ours_block() -> None:
@@ -44,13 +43,11 @@ def measure(size: Size) -> Iterator[Row]:
         with wrapped.disable_adapter():
             pass
 
-    times = interleaved({"peftkit": ours_block, "peft": peft_block}, 2 * size.rounds)
+    times = timed({"peftkit": ours_block, "peft": peft_block}, 2 * size.rounds)
     yield against(f"a block without adapters, {count} Linears", times, size.limit(1 / 40))
 
     large, small = _with_two_loaded(size.layers), _with_two_loaded(size.fewer)
-    times = interleaved(
-        {"larger": _there_and_back(large), "smaller": _there_and_back(small)}, 20 * size.rounds, inner=20
-    )
+    times = timed({"larger": _there_and_back(large), "smaller": _there_and_back(small)}, 20 * size.rounds, inner=20)
     yield Row(
         f"switch between loaded adapters: {count} Linears against {7 * size.fewer}",
         times["larger"] / times["smaller"],

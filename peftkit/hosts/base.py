@@ -70,7 +70,7 @@ class Host(abc.ABC):
 
     @property
     def module(self) -> Any:
-        return self._module()
+        return self._module._ref()
 
     # -- what the module has ----------------------------------------------------------------------------------------
 
@@ -84,6 +84,8 @@ class Host(abc.ABC):
     def device(self) -> torch.device:
         """Where the host computes: its weight's device, or where accelerate's hook brings the weight for a forward."""
         hook = self.module.__dict__.get("_hf_hook")
+        if hook is None:
+            return self.weight.device
         for one in getattr(hook, "hooks", [hook]):
             device = getattr(one, "execution_device", None)
             if device is not None:
@@ -105,9 +107,9 @@ class Host(abc.ABC):
 
     def why_not_dense(self) -> str | None:
         """Why the weight cannot be read or written as plain numbers; None where it can."""
-        if self.module._parameters.get(self.weight_name) is None:
+        weight = self.module._parameters.get(self.weight_name)
+        if weight is None:
             return f"its {self.weight_name} is not a parameter any more but computed"
-        weight = self.weight
         kind = type(weight)
         if kind not in (nn.Parameter, Tensor):
             return f"its weight is a {kind.__name__}"

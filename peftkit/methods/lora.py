@@ -91,20 +91,20 @@ class LoRAConfig(Config, method="lora", peft_type="LORA"):
     def refuses(self, site: Site) -> str | None:
         return why_no_host(site)
 
-    def prepare(self, sites: Sequence[Site]) -> dict[str, _Shape]:
+    def prepare(self, sites: Sequence[Site]) -> dict[str, tuple[Host, _Shape]]:
         r, alpha = PerSite(self.r, "r"), PerSite(self.alpha, "alpha")
         rows = PerSite({**self.rows, "**": ()} if self.rows else (), "rows")
         plan = {}
         for site in sites:
             rank, blocks = r.at(site), tuple((int(a), int(b)) for a, b in rows.at(site))
-            plan[site.name] = _Shape(rank, float(alpha.at(site) or rank), blocks)
+            plan[site.name] = host_of(site), _Shape(rank, float(alpha.at(site) or rank), blocks)
         names = [s.name for s in sites]
         for values in (r, alpha, rows):
             values.finish(names)
         return plan
 
-    def build(self, site: Site, plan: dict[str, _Shape]) -> LoRAAdapter:
-        host, shape = host_of(site), plan[site.name]
+    def build(self, site: Site, plan: dict[str, tuple[Host, _Shape]]) -> LoRAAdapter:
+        host, shape = plan[site.name]
         if self.dropout and host.read:
             raise TargetError(
                 f"dropout={self.dropout} cannot be applied at {site.name!r}: MultiheadAttention reads the weight, so "
@@ -113,13 +113,13 @@ class LoRAConfig(Config, method="lora", peft_type="LORA"):
         row_blocks.check(shape.blocks, host)
         return LoRAAdapter(host, shape, self)
 
-    def check(self, site: Site, plan: dict[str, _Shape]) -> None:
+    def check(self, site: Site, plan: dict[str, tuple[Host, _Shape]]) -> None:
         """Refuse ranks that buy nothing.
 
         Raises:
             ValueError: r is larger than the rank any change of the weight can have.
         """
-        host, shape = host_of(site), plan[site.name]
+        host, shape = plan[site.name]
         if self.init in leading.INITS and (reason := leading.why_not(host)) is not None:
             raise TargetError(f"init={self.init!r} cannot start from the weight at {site.name!r}: {reason}")
         if self.init == "pissa" and shape.alpha < 0:
@@ -218,7 +218,7 @@ class LoRAAdapter(Adapter):
             subtracts=subtracts,
             transposed=getattr(host, "transposed", False),
             can_fuse=host.intact and isinstance(host, LinearHost) and not shape.blocks and not subtracts,
-            merges=(host.weight_name,) if host.why_not_dense() is None else (),
+            merges=(host.weight_name,) if host.intact or host.why_not_dense() is None else (),
             tensor_names=_EMBEDDING_NAMES if embedding else _NAMES,
         )
         base = host.dtype
@@ -283,10 +283,10 @@ class LoRAAdapter(Adapter):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """As `init` says. Adapters made on the meta device are put where their host is."""
-        device = self.host.device
-        for name, p in list(self._parameters.items()):
-            if p is not None and p.is_meta and device.type != "meta":
-                setattr(self, name, nn.Parameter(torch.empty_like(p, device=device), p.requires_grad))
+        if self.lora_A.is_meta and (device := self.host.device).type != "meta":
+            for name, p in self._parameters.items():
+                assert p is not None
+                self._parameters[name] = nn.Parameter(torch.empty_like(p, device=device), p.requires_grad)
         a, b = self.lora_A, self.lora_B
         if a.is_meta:
             return
@@ -299,7 +299,7 @@ class LoRAAdapter(Adapter):
             if self.init == "gaussian":
                 a.normal_(std=1 / self.shape.r)
             else:
-                bound = 1 / math.sqrt(a[0].numel())
+                bound = 1 / math.sqrt(a.numel() // a.shape[0])
                 a.uniform_(-bound, bound)
             b.zero_()
 

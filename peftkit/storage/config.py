@@ -112,7 +112,7 @@ def check_unchanged(folder: Path, saved: Mapping[str, Any], peft: Mapping[str, A
     """
     for key, value in saved.items():
         now = peft.get(key, "nothing")
-        if (now != value and not (_unordered(key, now, value))) or isinstance(now, bool) != isinstance(value, bool):
+        if now != value and not _unordered(key, now, value):
             raise StorageError(
                 f"{folder / layout.CONFIG}: {key} is {_short(now)}, but was {_short(value)} when {layout.TENSORS} was "
                 "saved; the file is damaged, edited, or from another save: restore it, or save again"
