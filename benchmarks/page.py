@@ -15,7 +15,8 @@ HEAD = """# Figures
 
 Every figure here comes from a result file in `benchmarks/results`, written by the script named beside it, and this page is
 made from those files by `python -m benchmarks.page`. What is compared ran in one process, taking turns; medians, one thread.
-Absolute times mean little: read the ratios.
+Absolute times mean little: read the ratios. The machine was shared and busy while these were measured, and its CPU has no
+bf16 instructions, so that a frozen base in bf16 is slow and hides what an adapter adds.
 
 No figure of a GPU is here: not measured.
 """
