@@ -18,11 +18,9 @@ from storage_helpers import (
     adapter_bits,
     header_length,
     refused,
-    rewrite,
     same,
     small,
     snapshot,
-    tensors_of,
     trained,
     unchanged,
 )  # fmt: skip
@@ -32,25 +30,6 @@ from peftkit import StorageError
 
 A0 = "base_model.model.0.lora_A.weight"
 B0 = "base_model.model.0.lora_B.weight"
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("strict") / "saved"
-    peftkit.save(trained(small()), folder)
-    return folder
-
-
-@pytest.fixture
-def folder(saved, tmp_path) -> Path:
-    return Path(shutil.copytree(saved, tmp_path / "adapter"))
-
-
-@pytest.fixture
-def foreign(folder) -> Path:
-    """The same, as another program writes it: without our checksum."""
-    rewrite(folder, tensors_of(folder))
-    return folder
 
 
 def test_truncated_anywhere(saved, tmp_path):

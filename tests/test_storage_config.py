@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-from pathlib import Path
 
 import pytest
 from storage_helpers import (
@@ -22,25 +20,6 @@ from storage_helpers import (
 )
 
 import peftkit
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("strict") / "saved"
-    peftkit.save(trained(small()), folder)
-    return folder
-
-
-@pytest.fixture
-def folder(saved, tmp_path) -> Path:
-    return Path(shutil.copytree(saved, tmp_path / "adapter"))
-
-
-@pytest.fixture
-def foreign(folder) -> Path:
-    """The same, as another program writes it: without our checksum."""
-    rewrite(folder, tensors_of(folder))
-    return folder
 
 
 @pytest.mark.parametrize(

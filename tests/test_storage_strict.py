@@ -34,25 +34,6 @@ A0 = "base_model.model.0.lora_A.weight"
 B0 = "base_model.model.0.lora_B.weight"
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("strict") / "saved"
-    peftkit.save(trained(small()), folder)
-    return folder
-
-
-@pytest.fixture
-def folder(saved, tmp_path) -> Path:
-    return Path(shutil.copytree(saved, tmp_path / "adapter"))
-
-
-@pytest.fixture
-def foreign(folder) -> Path:
-    """The same, as another program writes it: without our checksum."""
-    rewrite(folder, tensors_of(folder))
-    return folder
-
-
 def test_whole_it_loads(folder):
     model = small()
     peftkit.load(model, folder)
