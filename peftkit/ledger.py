@@ -29,7 +29,9 @@ class Attachment:
     sites: dict[str, Site]
     trainable: bool
     undo: Callable[[], None] | None = None
-    resting: list[tuple[nn.Module, str]] = field(default_factory=list)  # by holder: values may be replaced meanwhile
+    # by where they are held, since values may be replaced meanwhile: all parameters, and those that rest
+    places: list[tuple[dict[str, nn.Parameter | None], str]] = field(default_factory=list)
+    resting: list[tuple[dict[str, nn.Parameter | None], str]] = field(default_factory=list)
 
     def key(self, site: Site) -> str:
         return self.name if site.part is None else f"{self.name}:{site.part}"
@@ -40,19 +42,22 @@ class Attachment:
 
     def rest(self) -> None:
         """Nothing of it is trained while it does not act."""
-        if self.trainable and not self.resting:
-            self.resting = [
-                (holder, name)
-                for adapter in self.adapters.values()
-                for holder in (adapter.modules() if adapter._modules else (adapter,))
-                for name, p in holder._parameters.items()
-                if p is not None and p.requires_grad
-            ]
-            for holder, name in self.resting:
-                holder._parameters[name].requires_grad = False  # type: ignore[union-attr]
+        if not self.trainable or self.resting:
+            return
+        if not self.places:
+            holders = (h for a in self.adapters.values() for h in (a.modules() if a._modules else (a,)))
+            self.places = [(h._parameters, name) for h in holders for name in h._parameters]
+        for held, name in self.places:
+            p = held[name]
+            if p is not None and p.requires_grad:
+                p.requires_grad = False
+                self.resting.append((held, name))
 
     def wake(self) -> None:
-        unfreeze(self.resting)
+        """What was trained before it rested is trained again."""
+        for held, name in self.resting:
+            if (p := held[name]) is not None:
+                p.requires_grad = True
         self.resting = []
 
     def __getstate__(self) -> dict[str, Any]:
@@ -139,8 +144,10 @@ class Ledger:
         self.activate((attachment.name,))
 
     def check_classes(self) -> None:
-        """Raises:
-        RuntimeError: a module's class was changed after attaching, so its own cannot be given back.
+        """Refuse to take adapters off modules whose class was changed after attaching.
+
+        Raises:
+            RuntimeError: naming what the class became.
         """
         for module in [m for m, _ in self.grafts()] + self.readers:
             if (reason := why_not_ungraft(module)) is not None:
@@ -208,8 +215,10 @@ class Ledger:
 
 
 def check_name(name: str) -> None:
-    """Raises:
-    ValueError: a name that could not be a module's, or would leave the directory it is saved in.
+    """Refuse names that no module could have, or that would leave the directory they are saved in.
+
+    Raises:
+        ValueError: naming it.
     """
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
         raise ValueError(f"an adapter's name is letters, digits, '_' and '-', not {name!r}")
@@ -280,8 +289,10 @@ def _check_hooks(everything: Iterable[Site], attachment: Attachment) -> None:
 
 
 def check_graftable(sites: Iterable[Site]) -> None:
-    """Raises:
-    TargetError: a site whose module's class cannot be swapped.
+    """Refuse modules whose class cannot be swapped.
+
+    Raises:
+        TargetError: naming the site, with the reason.
     """
     for site in sites:
         reason = why_not_graft(site.module)

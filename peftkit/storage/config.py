@@ -107,8 +107,10 @@ def meaning(peft: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_unchanged(folder: Path, saved: Mapping[str, Any], peft: Mapping[str, Any]) -> None:
-    """Raises:
-    StorageError: a field is not what it was when the tensors were saved.
+    """Compare peft's config with its copy beside the tensors.
+
+    Raises:
+        StorageError: a field is not what it was when the tensors were saved.
     """
     for key, value in saved.items():
         now = peft.get(key, "nothing")
