@@ -30,15 +30,16 @@ def measure(size: Size) -> Iterator[Row]:
         times = _times(_linears(width), lambda m, x: m(x).sum().backward(), size, min(inner, 10))
         yield against(f"forward and backward of one token, Linear {width}→{width}, r 8", times, size.limit(1.0))
     for dtype, limit in ((torch.float32, 1.12), (torch.bfloat16, 1.25)):
-        times = _train_steps(size, dtype)
-        name = str(dtype).removeprefix("torch.")
-        yield Row(
-            f"train step of a 4-layer, {size.width}-wide Llama, {size.tokens} tokens, {name}",
-            times["peftkit"] / times["frozen"],
-            "× frozen",
-            size.limit(limit),
-            times,
-        )
+        for tokens in (size.tokens, 4 * size.tokens):
+            times = _train_steps(size, dtype, tokens)
+            name = str(dtype).removeprefix("torch.")
+            yield Row(
+                f"train step of a 4-layer, {size.width}-wide Llama, {tokens} tokens, {name}",
+                times["peftkit"] / times["frozen"],
+                "× frozen",
+                size.limit(limit),
+                times,
+            )
 
 
 def _linears(width: int) -> dict[str, nn.Module]:
@@ -63,8 +64,8 @@ def _times(
     return timed(candidates, 40 * size.rounds, inner=inner, warmup=10)
 
 
-def _train_steps(size: Size, dtype: torch.dtype) -> dict[str, float]:
-    """Seconds of a step over the same embedded tokens, as 4 sequences, that require a gradient.
+def _train_steps(size: Size, dtype: torch.dtype, tokens: int) -> dict[str, float]:
+    """Seconds of a step over the same `tokens` embedded tokens, as 4 sequences, that require a gradient.
 
     frozen: forward and loss of the base, whose weights are frozen, and backward as far as the embedded tokens.
     peftkit, peft: the same with LoRA of rank 8 on all 7 Linears of a layer, their gradients, and a step of AdamW.
@@ -72,8 +73,8 @@ def _train_steps(size: Size, dtype: torch.dtype) -> dict[str, float]:
     models = {name: llama(4, size.width, dtype=dtype).requires_grad_(False) for name in ("frozen", "peftkit", "peft")}
     peftkit.inject(models["peftkit"], ours())
     models["peft"] = peft.get_peft_model(models["peft"], theirs())  # type: ignore[arg-type]
-    tokens = torch.randint(0, 64, (4, size.tokens // 4))
-    embedded = torch.randn(*tokens.shape, size.width, dtype=dtype, requires_grad=True)
+    ids = torch.randint(0, 64, (4, tokens // 4))
+    embedded = torch.randn(*ids.shape, size.width, dtype=dtype, requires_grad=True)
 
     def stepping(model: nn.Module) -> Callable[[], Any]:
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -82,7 +83,7 @@ def _train_steps(size: Size, dtype: torch.dtype) -> dict[str, float]:
 
         def step() -> None:
             embedded.grad = None
-            model(inputs_embeds=embedded, labels=tokens).loss.backward()
+            model(inputs_embeds=embedded, labels=ids).loss.backward()
             if optimizer is not None:
                 optimizer.step()
                 optimizer.zero_grad()
