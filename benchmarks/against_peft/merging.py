@@ -45,6 +45,7 @@ def _merging(size: Size, dtype: torch.dtype, limit: float) -> Iterator[Row]:
             "peftkit": lambda: peftkit.merge(ours_model),
             "peftkit for good": lambda: peftkit.merge(ours_model, keep_base=False),
             "peft": wrapped.merge_adapter,
+            "copy": lambda: [ours_model.get_parameter(f"{n}.weight").detach().clone() for n in names],
         },
         size.rounds,
         apart,
@@ -53,6 +54,8 @@ def _merging(size: Size, dtype: torch.dtype, limit: float) -> Iterator[Row]:
     apart()
     what = f"merge {linears} Linears of width {size.merge_width}, {name}"
     yield against(f"{what}, and keep a copy of the base, which peft does not", times, size.limit(limit))
+    copying = {"peftkit": times["copy"], "peft": times["peft"]}
+    yield against(f"copy {linears} weights of width {size.merge_width}, {name}, and nothing else", copying, None)
     good = {"peftkit": times["peftkit for good"], "peft": times["peft"]}
     yield against(f"{what}, for good (keep_base=False)", good, size.limit(limit))
 
