@@ -13,8 +13,8 @@ from benchmarks.against_peft.common import FULL, QUICK, TINY, Row
 
 IN_PROCESS = {
     "attaching": (attaching.measure, 5),
-    "calling": (calling.measure, 5),
-    "merging": (merging.measure, 8),
+    "calling": (calling.measure, 7),
+    "merging": (merging.measure, 10),
     "switching": (switching.measure, 4),
     "files": (files.measure, 3),
 }

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from peftkit.kernels import lora_linear as module
+from peftkit.kernels import torch_way
 from peftkit.kernels.lora_linear import lora_delta, lora_linear, reference, reference_delta
 
 SCALE = 1.7
@@ -20,14 +21,14 @@ NAMES = ("y", "dx", "da", "db")
 def path(request, monkeypatch):
     """Both ways to compute, whatever the size."""
     monkeypatch.setattr(module, "SMALL", 0 if request.param == "kernel" else 2**62)
-    monkeypatch.setattr(module, "PIECE", 2**10)
+    monkeypatch.setattr(torch_way, "PIECE", 2**10)
     return request.param
 
 
 @pytest.fixture
 def kernel(monkeypatch):
     monkeypatch.setattr(module, "SMALL", 0)
-    monkeypatch.setattr(module, "PIECE", 2**10)
+    monkeypatch.setattr(torch_way, "PIECE", 2**10)
 
 
 def inputs(lead=(40,), fan_in=48, fan_out=24, r=4, dtype=torch.float32, master=None, bias=True, seed=None):

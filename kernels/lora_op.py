@@ -1,0 +1,121 @@
+"""The LoRA linear as autograd, `torch.compile`, autocast and checkpointing see it: one operator, and one for backward.
+
+    peftkit::lora_linear(x, y?, weight?, bias?, a, b, scale, dropout, seed?, way) -> (out, S)
+    peftkit::lora_linear_backward(dy, x?, weight?, a, b, S?, scale, dropout, seed?, way, needs) -> (dX, dA, dB)
+
+weight is None where the base's output y was made in another way. way is "" for what `choice` says. A mask belongs to
+its seed, (1) in int64 on the device of x, so that an operator run twice draws the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftkit.kernels import choice, torch_way
+from peftkit.kernels.lora_autograd import Gradients, again, rows
+from peftkit.kernels.philox import keep_mask, kept
+
+_library = torch.library.Library("peftkit", "DEF")
+_library.define(
+    "lora_linear(Tensor x, Tensor? y, Tensor? weight, Tensor? bias, Tensor a, Tensor b, float scale, float dropout, "
+    "Tensor? seed, str way) -> (Tensor, Tensor)"
+)
+_library.define(
+    "lora_linear_backward(Tensor dy, Tensor? x, Tensor? weight, Tensor a, Tensor b, Tensor? s, float scale, "
+    "float dropout, Tensor? seed, str way, bool[] needs) -> (Tensor, Tensor, Tensor)"
+)
+
+
+def _way(way: str, x: Tensor, fan_in: int, fan_out: int, r: int, dropout: float) -> str:
+    if way:
+        return choice.checked(way, x.device, x.dtype, r)
+    return choice.way(x.device, x.dtype, x.numel() // max(1, x.shape[-1]), fan_in, fan_out, r, dropout)
+
+
+def _forward(x, y, weight, bias, a, b, scale, dropout, seed, way):
+    way = _way(way, x, a.shape[1], b.shape[0], a.shape[0], dropout)
+    flat_y = None if y is None else rows(y)
+    if way == "torch":
+        out, s, _, _ = torch_way.forward(rows(x), flat_y, weight, bias, a, b, scale, dropout, seed)
+    else:
+        from peftkit.kernels import triton_ways
+
+        out, s = triton_ways.forward(way, rows(x), flat_y, weight, bias, a, b, scale, dropout, seed)
+    return out.view(*x.shape[:-1], out.shape[-1]), s
+
+
+def _backward(dy, x, weight, a, b, s, scale, dropout, seed, way, needs):
+    way = _way(way, dy, a.shape[1], b.shape[0], a.shape[0], dropout)
+    flat, flat_x, needs = rows(dy), None if x is None else rows(x), tuple(needs)
+    if way == "torch":
+        keep = None if seed is None or not dropout else keep_mask(seed, len(flat), a.shape[1], dropout)
+        found = torch_way.backward(flat, flat_x, weight, a, b, s, keep, scale / kept(dropout), needs)
+    else:
+        from peftkit.kernels import triton_ways
+
+        found = triton_ways.backward(way, flat, flat_x, weight, a, b, s, scale, dropout, seed, needs)
+    dx, da, db = found
+    dx = None if dx is None else dx.reshape(*dy.shape[:-1], a.shape[1]).contiguous()
+    db = None if db is None else db.contiguous()
+    return tuple(dy.new_empty(0) if t is None else t for t in (dx, da, db))
+
+
+def _forward_fake(x, y, weight, bias, a, b, scale, dropout, seed, way):
+    tokens = 1
+    for n in x.shape[:-1]:
+        tokens = tokens * n
+    return x.new_empty(*x.shape[:-1], b.shape[0]), x.new_empty(tokens, a.shape[0])
+
+
+def _backward_fake(dy, x, weight, a, b, s, scale, dropout, seed, way, needs):
+    shapes = (dy.new_empty(*dy.shape[:-1], a.shape[1]), torch.empty_like(a), b.new_empty(b.shape))
+    return tuple(t if needed else dy.new_empty(0) for t, needed in zip(shapes, needs, strict=True))
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, _, weight, _, a, b, scale, dropout, seed, way = inputs
+    _, _, _, _, a_trains, b_trains, *_ = ctx.needs_input_grad
+    ctx.mark_non_differentiable(output[1])
+    ctx.scale, ctx.dropout, ctx.way = scale, dropout, way
+    ctx.save_for_backward(x if a_trains else None, weight, a, b, output[1] if b_trains else None, seed)
+
+
+def _gradients(ctx: Any, grad: Tensor, _of_s: Tensor | None) -> Gradients:
+    x, weight, a, b, s, seed = ctx.saved_tensors
+    x_needs, y_needs, _, _, a_needs, b_needs, *_ = ctx.needs_input_grad
+    needs = x_needs, a_needs, b_needs
+    with torch.autocast(grad.device.type, enabled=False):
+        if torch.is_grad_enabled():
+            flat, keep = rows(grad), None
+            if ctx.dropout:
+                keep = keep_mask(seed, len(flat), a.shape[1], ctx.dropout)
+            alpha = ctx.scale / kept(ctx.dropout)
+            dx, da, db = again(flat, None if x is None else rows(x), weight, a, b, s, keep, alpha, needs)
+            dx = None if dx is None else dx.view(*grad.shape[:-1], a.shape[1])
+        else:
+            found = torch.ops.peftkit.lora_linear_backward(
+                grad, x, weight, a, b, s, ctx.scale, ctx.dropout, seed, ctx.way, needs
+            )
+            dx, da, db = (t if needed else None for t, needed in zip(found, needs, strict=True))
+    return dx, grad if y_needs else None, None, None, da, db, None, None, None, None
+
+
+def _autocast(x, y, weight, bias, a, b, scale, dropout, seed, way):
+    """The base as autocast would compute it; the pair may stay wide, since the operator rounds it."""
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind)
+    base = [t if t is None or not t.is_floating_point() else t.to(dtype) for t in (x, y, weight, bias)]
+    with torch.autocast(kind, enabled=False):
+        return torch.ops.peftkit.lora_linear(*base, a, b, scale, dropout, seed, way)
+
+
+_library.impl("lora_linear", _forward, "CompositeExplicitAutograd")
+_library.impl("lora_linear_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("peftkit::lora_linear", _forward_fake, lib=_library)
+torch.library.register_fake("peftkit::lora_linear_backward", _backward_fake, lib=_library)
+torch.library.register_autograd("peftkit::lora_linear", _gradients, setup_context=_setup, lib=_library)
+for _key in ("AutocastCPU", "AutocastCUDA"):
+    _library.impl("lora_linear", _autocast, _key)

@@ -1,0 +1,127 @@
+"""A LoRA linear's forward and backward in torch's own products: on a CPU, and wherever Triton is not.
+
+x is never copied or widened, both updates are added into the base's result by the product that makes them, and
+1/(1 − p) is folded into the scale. The mask is kept, a byte a number of x, unless a seed draws it again.
+
+Gradients come in the dtype of their pair: summed over tokens in fp32 inside the product, which rounds its result
+once to the dtype of x; with dropout on a CPU that holds for each piece, and pieces are summed in fp32.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peftkit.kernels import philox
+
+# With dropout a CPU works through x in pieces of this many numbers, so that masked copies stay in the cache.
+PIECE = 2**18
+
+Needs = tuple[bool, bool, bool]
+
+
+def forward(
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    dropout: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None, float]:
+    """x Wᵀ + bias, or y where weight is None, plus the low-rank term; S: (tokens r); the mask; α.
+
+    x: (tokens in), y: (tokens out); the mask as bytes, None without dropout; α: scale over the probability of keeping.
+    """
+    s, keep, kept = _shrink(x, a.to(x.dtype), dropout, seed)
+    alpha, bt = scale / kept, b.to(x.dtype).t()
+    if weight is None:
+        assert y is not None
+        return torch.addmm(y, s, bt, alpha=alpha), s, keep, alpha
+    return F.linear(x, weight, bias).addmm_(s, bt, alpha=alpha), s, keep, alpha
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    s: Tensor | None,
+    keep: Tensor | None,
+    alpha: float,
+    needs: Needs,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dX: (tokens in), dA: (r in), dB: (out r), each where `needs` asks for it; x is there where dA is asked for."""
+    x_needs, a_needs, b_needs = needs
+    dx = da = db = None
+    if x_needs and weight is not None:
+        dx = dy @ weight
+    if x_needs or a_needs:
+        ds = dy.new_empty(len(dy), len(a)).addmm_(dy, b.to(dy.dtype), beta=0, alpha=alpha)
+        low = a.to(dy.dtype)
+        if keep is not None:
+            if x_needs and dx is None:
+                dx = dy.new_zeros(keep.shape)
+            da = _backward_through_mask(x if a_needs else None, keep, ds, low, dx)
+        else:
+            if x_needs:
+                dx = ds @ low if dx is None else dx.addmm_(ds, low)
+            if a_needs:
+                assert x is not None
+                da = ds.t() @ x
+    if b_needs:
+        assert s is not None
+        # Sᵀ dY rather than dYᵀ S: a third faster, since the long side is read along its rows.
+        db = s.new_empty(s.shape[1], dy.shape[1]).addmm_(s.t(), dy, beta=0, alpha=alpha).t()
+    return dx, None if da is None else da.to(a.dtype), None if db is None else db.to(b.dtype)
+
+
+def _shrink(x: Tensor, a: Tensor, dropout: float, seed: Tensor | None) -> tuple[Tensor, Tensor | None, float]:
+    """(mask ∘ x) Aᵀ: (tokens r); the mask as bytes: (tokens in); the probability that a number is kept."""
+    if not dropout:
+        return F.linear(x, a), None, 1.0
+    if seed is not None:
+        keep = philox.keep_mask(seed, len(x), x.shape[1], dropout).view(torch.uint8)
+        return F.linear(x * keep, a), keep, philox.kept(dropout)
+    keep = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
+    if not x.is_cpu:
+        return F.linear(x * keep.bernoulli_(1 - dropout), a), keep, 1 - dropout
+
+    # Sixteen random bits for each number, four to a draw, cost a fraction of bernoulli_. The probability is
+    # then a multiple of 2**-16, and the rescaling uses that very multiple, so the mean is exact.
+    bar = philox.threshold(dropout)
+    rows = _rows_per_piece(x)
+    noise = torch.empty((rows * x.shape[1] + 3) // 4, dtype=torch.int64)
+    masked = x.new_empty(rows, x.shape[1])
+    s = x.new_empty(x.shape[0], a.shape[0])
+    for x_piece, keep_piece, s_piece in zip(x.split(rows), keep.split(rows), s.split(rows), strict=True):
+        drawn = noise.random_(-(2**63), None).view(torch.int16)[: x_piece.numel()].view(x_piece.shape)
+        torch.ge(drawn, bar - 2**15, out=keep_piece)
+        torch.mm(masked[: len(x_piece)].copy_(keep_piece).mul_(x_piece), a.t(), out=s_piece)
+    return s, keep, philox.kept(dropout)
+
+
+def _backward_through_mask(x: Tensor | None, keep: Tensor, ds: Tensor, a: Tensor, dx: Tensor | None) -> Tensor | None:
+    """Adds mask ∘ (dS A) to dx; returns dSᵀ (mask ∘ x) where x is given, in fp32 or wider."""
+    rows = _rows_per_piece(keep)
+    mask = ds.new_empty(rows, keep.shape[1])
+    scratch = torch.empty_like(mask)
+    da = torch.zeros_like(a, dtype=torch.promote_types(a.dtype, torch.float32))
+    for start in range(0, len(keep), rows):
+        piece = slice(start, start + rows)
+        ds_piece = ds[piece]
+        mask_piece = mask[: len(ds_piece)].copy_(keep[piece])
+        scratch_piece = scratch[: len(ds_piece)]
+        if dx is not None:
+            dx[piece].addcmul_(torch.mm(ds_piece, a, out=scratch_piece), mask_piece)
+        if x is not None:
+            da += ds_piece.t() @ torch.mul(x[piece], mask_piece, out=scratch_piece)
+    return None if x is None else da
+
+
+def _rows_per_piece(x: Tensor) -> int:
+    return max(1, min(len(x), PIECE // x.shape[1])) if x.is_cpu else len(x)

@@ -1,0 +1,93 @@
+"""A LoRA linear's forward and backward where Triton runs: `addmm`, `epilogue` and `augmented`.
+
+The mask is never kept: its seed draws it again, and is the same on every way. dA and dB of a wider pair are summed
+and returned in fp32. Nothing here reads a number back from the device, so CUDA graphs can hold all of it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peftkit.kernels import augmented, philox
+from peftkit.kernels.dys_dyb import dys_dyb
+from peftkit.kernels.expand import expand
+from peftkit.kernels.shrink import add_shrink_dx, shrink, shrink_da
+from peftkit.kernels.torch_way import Needs
+
+
+def forward(
+    way: str,
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    dropout: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """x Wᵀ + bias, or y where weight is None, plus the low-rank term; S: (tokens r). x: (tokens in), y: (tokens out)."""
+    alpha = scale / philox.kept(dropout)
+    fused = way == "epilogue"
+    s = shrink(x, a, dropout, seed) if fused or dropout else F.linear(x, a.to(x.dtype))
+    if weight is None:
+        assert y is not None
+        return torch.addmm(y, s, b.to(x.dtype).t(), alpha=alpha), s
+    if fused:
+        return expand(x, weight.t(), bias, s, b.t(), alpha), s
+    if way == "augmented":
+        return augmented.forward(x, weight, bias, s, b, alpha), s
+    return F.linear(x, weight, bias).addmm_(s, b.to(x.dtype).t(), alpha=alpha), s
+
+
+def backward(
+    way: str,
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    s: Tensor | None,
+    scale: float,
+    dropout: float,
+    seed: Tensor | None,
+    needs: Needs,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dX: (tokens in), dA: (r in), dB: (out r), each where `needs` asks for it."""
+    x_needs, a_needs, b_needs = needs
+    alpha = scale / philox.kept(dropout)
+    fused = way == "epilogue"
+    dx = ds = da = db = None
+    if way == "augmented" and x_needs and weight is not None:
+        dx, ds = augmented.backward(dy, weight, b, alpha)
+    elif fused and b_needs and s is not None:
+        ds, db = dys_dyb(dy, b, s, alpha)
+    elif x_needs or a_needs:
+        ds = dy.new_empty(len(dy), len(a)).addmm_(dy, b.to(dy.dtype), beta=0, alpha=alpha)
+    if b_needs and db is None:
+        assert s is not None
+        db = _wide_mm(s.t(), dy).mul_(alpha).t()
+    if a_needs:
+        assert x is not None and ds is not None
+        da = shrink_da(ds, x, dropout, seed) if fused or dropout else _wide_mm(ds.t(), x)
+    if x_needs:
+        assert ds is not None
+        if fused and weight is not None:
+            dx = expand(dy, weight, None, ds, a, 1.0, dropout, seed)
+        else:
+            if dx is None:
+                dx = dy @ weight if weight is not None else dy.new_zeros(len(dy), a.shape[1])
+            dx = add_shrink_dx(dx, ds, a, dropout, seed) if dropout else dx.addmm_(ds, a.to(dx.dtype))
+    return dx, None if da is None else da.to(a.dtype), None if db is None else db.to(b.dtype)
+
+
+def _wide_mm(left: Tensor, right: Tensor) -> Tensor:
+    """The product of two narrow dtypes, in fp32 and unrounded."""
+    if left.dtype is torch.float32:
+        return left @ right
+    if left.is_cuda:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left.float() @ right.float()
