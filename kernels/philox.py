@@ -43,4 +43,4 @@ def keep_mask(seed: Tensor, rows: int, cols: int, p: float) -> Tensor:
         k0, k1 = k0 + _WEYL[0] & _LOW, k1 + _WEYL[1] & _LOW
     words = torch.stack((c0, c1, c2, c3), dim=-1)
     drawn = torch.stack((words & 0xFFFF, words >> 16), dim=-1)
-    return (drawn >= threshold(p)).reshape(rows, -1)[:, :cols]
+    return (drawn >= threshold(p)).reshape(rows, 8 * c0.shape[1])[:, :cols]
