@@ -73,6 +73,7 @@ def variants() -> Iterator[Variant]:
         (torch.bfloat16, 16, 0.0),
         (torch.bfloat16, 16, 0.1),
         (torch.bfloat16, 64, 0.0),
+        (torch.bfloat16, 128, 0.0),
         (torch.bfloat16, 256, 0.1),
         (torch.float16, 16, 0.0),
         (torch.float32, 16, 0.0),

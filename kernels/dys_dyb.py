@@ -73,7 +73,7 @@ def tiles(dtype: torch.dtype, r: int) -> Tiles:
     """Wide blocks of columns, since every block leaves a share of dS; fewer where the rank fills the registers."""
     if dtype is torch.float32:
         return Tiles(16, 32, 8, 2) if r > 64 else Tiles(32, 64, 4, 2)
-    if r > 128:
+    if r > 64:
         return Tiles(32, 64, 8, 2)
     return Tiles(64, 128, 8, 2) if r > 32 else Tiles(64, 256, 8, 3)
 
