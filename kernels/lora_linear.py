@@ -154,11 +154,11 @@ def _kernel(
         choice.checked(forced, x.device, x.dtype, a.shape[0])
     if not x.is_cuda and not INTERPRETED and not torch._C._len_torch_dispatch_stack():
         return LoraLinear.apply(x, y, weight, bias, a, b, scale, dropout, seed)  # type: ignore[return-value]
-    from peftkit.kernels import lora_op  # noqa: F401 - registers the operator, for tens of milliseconds
+    from peftkit.kernels import lora_op  # registers the operators, which takes too long for an import of peftkit
 
     if dropout and seed is None:
         seed = torch.randint(2**63 - 1, (1,), device=x.device)
-    return torch.ops.peftkit.lora_linear(x, y, weight, bias, a, b, scale, dropout, seed, way or "")[0]
+    return lora_op.FORWARD(x, y, weight, bias, a, b, scale, dropout, seed, way or "")[0]
 
 
 def _add_to_fresh(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:

@@ -96,9 +96,7 @@ def _gradients(ctx: Any, grad: Tensor, _of_s: Tensor | None) -> Gradients:
             dx, da, db = again(flat, None if x is None else rows(x), weight, a, b, s, keep, alpha, needs)
             dx = None if dx is None else dx.view(*grad.shape[:-1], a.shape[1])
         else:
-            found = torch.ops.peftkit.lora_linear_backward(
-                grad, x, weight, a, b, s, ctx.scale, ctx.dropout, seed, ctx.way, needs
-            )
+            found = BACKWARD(grad, x, weight, a, b, s, ctx.scale, ctx.dropout, seed, ctx.way, needs)
             dx, da, db = (t if needed else None for t, needed in zip(found, needs, strict=True))
     return dx, grad if y_needs else None, None, None, da, db, None, None, None, None
 
@@ -109,7 +107,7 @@ def _autocast(x, y, weight, bias, a, b, scale, dropout, seed, way):
     dtype = torch.get_autocast_dtype(kind)
     base = [t if t is None or not t.is_floating_point() else t.to(dtype) for t in (x, y, weight, bias)]
     with torch.autocast(kind, enabled=False):
-        return torch.ops.peftkit.lora_linear(*base, a, b, scale, dropout, seed, way)
+        return FORWARD(*base, a, b, scale, dropout, seed, way)
 
 
 _library.impl("lora_linear", _forward, "CompositeExplicitAutograd")
@@ -119,3 +117,6 @@ torch.library.register_fake("peftkit::lora_linear_backward", _backward_fake, lib
 torch.library.register_autograd("peftkit::lora_linear", _gradients, setup_context=_setup, lib=_library)
 for _key in ("AutocastCPU", "AutocastCUDA"):
     _library.impl("lora_linear", _autocast, _key)
+
+FORWARD = torch.ops.peftkit.lora_linear.default
+BACKWARD = torch.ops.peftkit.lora_linear_backward.default

@@ -41,7 +41,10 @@ def _forward_for(base: type[nn.Module]) -> Callable[..., Any]:
             if adapter.can_fuse:
                 return adapter.fused(self, *args, **kwargs)
         call = functools.partial(read if reads_weights else base.forward, self, *((names,) if reads_weights else ()))
-        for adapter in graft.acting(names):
+        acting = graft.acting(names)
+        if len(acting) > 1 and not reads_weights and all(a.can_fuse and type(a) is type(acting[0]) for a in acting):
+            return acting[0].fused_together(acting, self, *args, **kwargs)
+        for adapter in acting:
             call = functools.partial(adapter.forward, call)
         return call(*args, **kwargs)
 

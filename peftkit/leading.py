@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -31,3 +33,11 @@ def why_not(host: Host) -> str | None:
     if (reason := host.why_not_dense()) is not None:
         return reason
     return "it is on the meta device" if host.weight.is_meta else None
+
+
+def stacked(
+    weight: Tensor, blocks: Sequence[tuple[int, int]], r: int, init: str, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The pairs of several blocks of rows, one below the other."""
+    pairs = [pair(weight[start:stop].float(), r, init, scale) for start, stop in blocks]
+    return torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs])

@@ -17,6 +17,7 @@ registers the method::
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
@@ -58,6 +59,14 @@ class Adapter(nn.Module):
     def fused(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The same with base and adapter in one computation; called where `can_fuse` and nothing lies in between."""
         raise NotImplementedError
+
+    @classmethod
+    def fused_together(cls, adapters: Sequence[Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The same with several adapters of this class, all of which can fuse; else the first, and the others around."""
+        call = functools.partial(adapters[0].fused, module)
+        for adapter in adapters[1:]:
+            call = functools.partial(adapter.forward, call)
+        return call(*args, **kwargs)
 
     can_fuse: bool = False
 

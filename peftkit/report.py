@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from torch import nn
 
 from peftkit.graft import original_class
+from peftkit.kernels import choice
 from peftkit.ledger import Ledger
 from peftkit.method import own_parameters
 from peftkit.sites import Site, walk
@@ -85,11 +87,11 @@ class Report:
         return table
 
     def summary(self) -> str:
-        """One line: what is trained, how large it is, and how it is computed."""
+        """What is trained and how large it is; and in a line of its own, which way the products take and why."""
         share = 100 * self.trained / max(1, self.total + self.parameters)
         return (
             f"{self.trained:,} parameters are trained ({share:.3g} % of {self.total + self.parameters:,}); "
-            f"adapters: {_size(self.bytes)}; computed by {self.path}"
+            f"adapters: {_size(self.bytes)}\ncomputed by {self.path}"
         )
 
     def _grouped(self) -> list[tuple[str, Row, int, int]]:
@@ -155,7 +157,7 @@ def report(
         rows=tuple(rows),
         trained=sum(p.numel() for p in (*base.values(), *acting) if p.requires_grad and not nn.parameter.is_lazy(p)),
         total=sum(p.numel() for p in base.values() if not nn.parameter.is_lazy(p)),
-        path="torch (no Triton kernel is in use yet)",
+        path=choice.line(next((p.device for p in base.values() if not nn.parameter.is_lazy(p)), torch.device("cpu"))),
     )
 
 

@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from peftkit import leading, peft_lora, row_blocks
+from peftkit import leading, pairs, peft_lora, row_blocks
 from peftkit.graft import underneath
 from peftkit.hosts import EmbeddingHost, Host, LinearHost, host_of, why_no_host
 from peftkit.kernels.lora_linear import lora_linear
@@ -65,16 +65,7 @@ class LoRAConfig(Config, method="lora", peft_type="LORA"):
         for name in ("r", "alpha", "rows"):
             if isinstance(value := getattr(self, name), Mapping):
                 object.__setattr__(self, name, dict(value))
-        for r in self.r.values() if isinstance(self.r, Mapping) else [self.r]:
-            if isinstance(r, bool) or not isinstance(r, int) or r < 1:
-                raise ValueError(f"r: a rank is an integer of at least 1, not {r!r}")
-        for a in self.alpha.values() if isinstance(self.alpha, Mapping) else [self.alpha]:
-            if a is not None and (isinstance(a, bool) or not math.isfinite(a) or a == 0):
-                raise ValueError(
-                    f"alpha: a finite number other than 0, not {a!r}; with 0 or NaN nothing could be learned"
-                )
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout: a probability in [0, 1), not {self.dropout!r}")
+        pairs.check_settings(self.r, self.alpha, self.dropout)
         if self.init not in INITS:
             raise ValueError(f"init: one of {', '.join(map(repr, INITS))}, not {self.init!r}")
         if self.init in leading.INITS and self.dropout:
@@ -149,12 +140,12 @@ class LoRAConfig(Config, method="lora", peft_type="LORA"):
         return ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B")
 
     def to_peft(self, adapters: Mapping[str, Adapter]) -> dict[str, Any]:
-        pairs = {path: a for path, a in adapters.items() if isinstance(a, LoRAAdapter)}
+        made = {path: a for path, a in adapters.items() if isinstance(a, LoRAAdapter)}
         return peft_lora.settings(
-            {path: a.as_plain() for path, a in pairs.items()},
+            {path: a.as_plain() for path, a in made.items()},
             lora_dropout=self.dropout,
             use_rslora=self.rank_stabilized,
-            fan_in_fan_out=any(a.transposed for a in pairs.values()),
+            fan_in_fan_out=any(a.transposed for a in made.values()),
         )
 
     @classmethod
@@ -228,10 +219,10 @@ class LoRAAdapter(Adapter):
             a = (shape.r * len(shape.blocks), *a[1:])
             b = (sum(stop - start for start, stop in shape.blocks), shape.r)
         device = host.device
-        for name, size in (("lora_A", a), ("lora_B", b)):
-            self._parameters[name] = nn.Parameter(torch.empty(size, device=device, dtype=dtype))
-        for name, size in (("frozen_A", a), ("frozen_B", b)) if subtracts else ():
-            self._parameters[name] = nn.Parameter(torch.empty(size, device=device, dtype=dtype), requires_grad=False)
+        trained, frozen = (("lora_A", a), ("lora_B", b)), (("frozen_A", a), ("frozen_B", b)) if subtracts else ()
+        for name, size in (*trained, *frozen):
+            values = torch.empty(size, device=device, dtype=dtype)
+            self._parameters[name] = nn.Parameter(values, name.startswith("lora"))
 
     # -- computing --------------------------------------------------------------------------------------------------
 
@@ -255,15 +246,29 @@ class LoRAAdapter(Adapter):
         return self.host.add_low_rank(x, y, a, b, self.scale, self.dropout if self.training else 0.0)
 
     def fused(self, module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        held, own = module._parameters, self._parameters
+        own = self._parameters
+        return self._fused(module, own["lora_A"], own["lora_B"], *args, **kwargs)
+
+    @classmethod
+    def fused_together(cls, adapters: Sequence[LoRAAdapter], module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        """Pairs side by side are one pair, of their ranks together. With dropout each draws a mask of its own."""
+        first, places = adapters[0], {a.lora_A.device for a in adapters}
+        if any(a.dropout and a.training for a in adapters) or len(places) > 1:
+            return super().fused_together(adapters, module, *args, **kwargs)
+        a, b, _ = pairs.side_by_side([(a.lora_A, a.lora_B, a.scale) for a in adapters])
+        return first._fused(module, a, b, *args, **kwargs)
+
+    def _fused(self, module: nn.Module, lora_a: Any, lora_b: Any, *args: Any, **kwargs: Any) -> Tensor:
+        held = module._parameters
         weight: Any = held.get("weight")
-        if type(weight) not in _PLAIN:  # quantised, sharded or parametrized since it was attached
-            return self.forward(underneath(module), *args, **kwargs)
         x = args[0] if args else next(iter(kwargs.values()))
+        p = self.dropout if self.training else 0.0
+        if type(weight) not in _PLAIN:  # quantised, sharded or parametrized since it was attached
+            y = underneath(module)(*args, **kwargs)
+            return self.host.add_low_rank(x, y, lora_a, lora_b, self.scale, p)
         if self.transposed:
             weight = weight.t()
-        p = self.dropout if self.training else 0.0
-        return lora_linear(x, weight, held["bias"], own["lora_A"], own["lora_B"], self.scale, p)  # type: ignore[arg-type]
+        return lora_linear(x, weight, held["bias"], lora_a, lora_b, self.scale, p)
 
     # -- merging ----------------------------------------------------------------------------------------------------
 
@@ -292,23 +297,14 @@ class LoRAAdapter(Adapter):
             return
         if self.init in leading.INITS:
             self._start_from_base()
-        elif isinstance(self.host, EmbeddingHost):
-            a.zero_()
-            b.normal_()
         else:
-            if self.init == "gaussian":
-                a.normal_(std=1 / self.shape.r)
-            else:
-                bound = 1 / math.sqrt(a.numel() // a.shape[0])
-                a.uniform_(-bound, bound)
-            b.zero_()
+            pairs.draw_(a, b, self.init, self.shape.r, embedding=isinstance(self.host, EmbeddingHost))
 
     def _start_from_base(self) -> None:
-        weight = self.host.matrices(self.host.weight)[0].float()
-        blocks = self.shape.blocks or ((0, self.host.rows),)
-        pairs = [leading.pair(weight[start:stop], self.shape.r, self.init, self.scale) for start, stop in blocks]
-        self.lora_A.copy_(torch.cat([a for a, _ in pairs]))
-        self.lora_B.copy_(torch.cat([b for _, b in pairs]))
+        weight, blocks = self.host.matrices(self.host.weight)[0], self.shape.blocks or ((0, self.host.rows),)
+        a, b = leading.stacked(weight, blocks, self.shape.r, self.init, self.scale)
+        self.lora_A.copy_(a)
+        self.lora_B.copy_(b)
         self.frozen_A.copy_(self.lora_A)
         self.frozen_B.copy_(self.lora_B)
 
