@@ -7,6 +7,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from benchmarks.kernels.cases import GPU
+from benchmarks.kernels.report import KIND, percent
 from benchmarks.measure import RESULTS
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
@@ -17,8 +19,16 @@ Every figure here comes from a result file in `benchmarks/results`, written by t
 made from those files by `python -m benchmarks.page`. What is compared ran in one process, taking turns; medians, one thread.
 Absolute times mean little: read the ratios. The machine was shared and busy while these were measured, and its CPU has no
 bf16 instructions, so that a frozen base in bf16 is slow and hides what an adapter adds.
+"""
 
-No figure of a GPU is here: not measured.
+NO_GPU = "No figure of a GPU is here: not measured.\n"
+NOT_MEASURED = "not measured"
+
+KERNELS = """## The LoRA kernels on a GPU
+
+`make gpu`, or `python -m benchmarks.kernels` alone. Forward and backward with the base frozen and adapters in fp32, over the
+base's own forward and dX in the same run: inputs rotated so that L2 is cold, medians, replayed from CUDA graphs where they
+can be captured. What is asked is asked of the fastest of our own ways, which `lora_linear` takes. Errors are against fp64.
 """
 
 
@@ -29,12 +39,14 @@ def main() -> None:
 
 def page() -> str:
     """The text of `docs/benchmarks.md`."""
-    parts = [HEAD]
+    kernels = _kernel_results()
+    parts = [HEAD] if kernels else [HEAD, NO_GPU]
     for name, title, script, render in SECTIONS:
         path = RESULTS / f"{name}.json"
         if path.exists():
             found = json.loads(path.read_text())
             parts.append(f"## {title}\n\n`{script}`; {_machine(found['machine'])}.\n\n{render(found['rows'])}")
+    parts.append(_kernels(kernels))
     return "\n".join(parts)
 
 
@@ -71,6 +83,39 @@ def _demo(r: dict[str, Any]) -> str:
         *((c["name"], f"{'yes' if c['held'] else '**no**'}; {c['finding']}") for c in r["checks"]),
     ]
     return _table(("what", ""), lines)
+
+
+def _kernel_results() -> list[dict[str, Any]]:
+    found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    return [result for result in found if result.get("benchmark") == KIND]
+
+
+def _kernels(results: list[dict[str, Any]]) -> str:
+    """The kernels, on each GPU that was measured; what would be measured, where none was."""
+    parts = [KERNELS]
+    head = "case", "by", "over the frozen base, %", "at most, %", "", "error y", "dX", "dA", "dB", "saved MiB"
+    for result in results:
+        m = result["machine"]
+        facts = [m["device"], *(f"{k} {m[k]}" for k in ("driver", "cuda", "torch", "triton", "peft") if m.get(k))]
+        facts += [f"commit {m['commit'][:7]}"] if m.get("commit") else []
+        parts.append(f"{', '.join(facts)}:\n\n{_table(head, _kernel_lines(result['rows']))}")
+    if not results:
+        lines = [(str(c), "lora_linear", NOT_MEASURED, percent(c.target), *[NOT_MEASURED] * 6) for c in GPU]
+        parts.append(_table(head, lines))
+    return "\n".join(parts)
+
+
+def _kernel_lines(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    lines = []
+    for case, group in groupby(rows, key=lambda r: r["case"]):
+        for r in group:
+            overhead = "failed" if r["failed"] else percent(r["overhead"])
+            verdict = {True: "met", False: "**missed**", None: ""}[r["met"]]
+            errors = (f"{r['errors'][k]:.1e}" if k in r["errors"] else "" for k in ("y", "dX", "dA", "dB"))
+            saved = "" if r["saved_mib"] is None else f"{r['saved_mib']:.1f}"
+            lines.append((case, r["by"], overhead, percent(r["target"]), verdict, *errors, saved))
+            case = ""
+    return lines
 
 
 def _figure(value: float | None) -> str:
