@@ -3,8 +3,8 @@
 x is never copied or widened, both updates are added into the base's result by the product that makes them, and
 1/(1 − p) is folded into the scale. The mask is kept, a byte a number of x, unless a seed draws it again.
 
-Gradients come in the dtype of their pair: summed over tokens in fp32 inside the product, which rounds its result
-once to the dtype of x; with dropout on a CPU that holds for each piece, and pieces are summed in fp32.
+Gradients of a pair wider than x are summed and returned in fp32: on a CPU x is widened for them in pieces that stay
+in the cache. Those of a pair in the dtype of x are rounded to it by the product.
 """
 
 from __future__ import annotations
@@ -66,17 +66,20 @@ def backward(
         if keep is not None:
             if x_needs and dx is None:
                 dx = dy.new_zeros(keep.shape)
-            da = _backward_through_mask(x if a_needs else None, keep, ds, low, dx)
+            da = _backward_through_mask(x if a_needs else None, keep, ds, low, dx, wide=a.dtype is not dy.dtype)
         else:
             if x_needs:
                 dx = ds @ low if dx is None else dx.addmm_(ds, low)
             if a_needs:
                 assert x is not None
-                da = ds.t() @ x
+                da = wide_mm(ds, x) if a.dtype is not x.dtype else ds.t() @ x
     if b_needs:
         assert s is not None
         # Sᵀ dY rather than dYᵀ S: a third faster, since the long side is read along its rows.
-        db = s.new_empty(s.shape[1], dy.shape[1]).addmm_(s.t(), dy, beta=0, alpha=alpha).t()
+        if b.dtype is not s.dtype:
+            db = wide_mm(s, dy).mul_(alpha).t()
+        else:
+            db = s.new_empty(s.shape[1], dy.shape[1]).addmm_(s.t(), dy, beta=0, alpha=alpha).t()
     return dx, None if da is None else da.to(a.dtype), None if db is None else db.to(b.dtype)
 
 
@@ -105,7 +108,21 @@ def _shrink(x: Tensor, a: Tensor, dropout: float, seed: Tensor | None) -> tuple[
     return s, keep, philox.kept(dropout)
 
 
-def _backward_through_mask(x: Tensor | None, keep: Tensor, ds: Tensor, a: Tensor, dx: Tensor | None) -> Tensor | None:
+def wide_mm(left: Tensor, right: Tensor) -> Tensor:
+    """leftᵀ · right, summed and returned in fp32 or wider; left: (tokens r) and right: (tokens n), in one dtype."""
+    if left.dtype.itemsize >= 4:
+        return left.t() @ right
+    if left.is_cuda:
+        return torch.mm(left.t(), right, out_dtype=torch.float32)
+    out, rows = left.new_zeros(left.shape[1], right.shape[1], dtype=torch.float32), _rows_per_piece(right)
+    for left_piece, right_piece in zip(left.split(rows), right.split(rows), strict=True):
+        out.addmm_(left_piece.float().t(), right_piece.float())
+    return out
+
+
+def _backward_through_mask(
+    x: Tensor | None, keep: Tensor, ds: Tensor, a: Tensor, dx: Tensor | None, *, wide: bool
+) -> Tensor | None:
     """Adds mask ∘ (dS A) to dx; returns dSᵀ (mask ∘ x) where x is given, in fp32 or wider."""
     rows = _rows_per_piece(keep)
     mask = ds.new_empty(rows, keep.shape[1])
@@ -119,7 +136,8 @@ def _backward_through_mask(x: Tensor | None, keep: Tensor, ds: Tensor, a: Tensor
         if dx is not None:
             dx[piece].addcmul_(torch.mm(ds_piece, a, out=scratch_piece), mask_piece)
         if x is not None:
-            da += ds_piece.t() @ torch.mul(x[piece], mask_piece, out=scratch_piece)
+            masked = torch.mul(x[piece], mask_piece, out=scratch_piece)
+            da += wide_mm(ds_piece, masked) if wide else ds_piece.t() @ masked
     return None if x is None else da
 
 

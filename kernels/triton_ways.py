@@ -14,7 +14,7 @@ from peftkit.kernels import augmented, philox
 from peftkit.kernels.dys_dyb import dys_dyb
 from peftkit.kernels.expand import expand
 from peftkit.kernels.shrink import add_shrink_dx, shrink, shrink_da
-from peftkit.kernels.torch_way import Needs
+from peftkit.kernels.torch_way import Needs, wide_mm
 
 
 def forward(
@@ -69,10 +69,10 @@ def backward(
         ds = dy.new_empty(len(dy), len(a)).addmm_(dy, b.to(dy.dtype), beta=0, alpha=alpha)
     if b_needs and db is None:
         assert s is not None
-        db = _wide_mm(s.t(), dy).mul_(alpha).t()
+        db = wide_mm(s, dy).mul_(alpha).t()
     if a_needs:
         assert x is not None and ds is not None
-        da = shrink_da(ds, x, dropout, seed) if fused or dropout else _wide_mm(ds.t(), x)
+        da = shrink_da(ds, x, dropout, seed) if fused or dropout else wide_mm(ds, x)
     if x_needs:
         assert ds is not None
         if fused and weight is not None:
@@ -82,12 +82,3 @@ def backward(
                 dx = dy @ weight if weight is not None else dy.new_zeros(len(dy), a.shape[1])
             dx = add_shrink_dx(dx, ds, a, dropout, seed) if dropout else dx.addmm_(ds, a.to(dx.dtype))
     return dx, None if da is None else da.to(a.dtype), None if db is None else db.to(b.dtype)
-
-
-def _wide_mm(left: Tensor, right: Tensor) -> Tensor:
-    """The product of two narrow dtypes, in fp32 and unrounded."""
-    if left.dtype is torch.float32:
-        return left @ right
-    if left.is_cuda:
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return left.float() @ right.float()

@@ -516,3 +516,12 @@ def test_delta_refuses_another_y(path, shape):
     x, _, _, a, b = inputs()
     with pytest.raises(ValueError, match=r"^y: expected"):
         lora_delta(x, torch.randn(shape), a, b, SCALE)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_gradients_of_a_wide_pair_are_not_rounded(kernel, p):
+    given = inputs((64,), dtype=torch.bfloat16, master=torch.float32)
+    y = lora_linear(*given, SCALE, p)
+    for gradient in torch.autograd.grad(y, given[3:], torch.randn_like(y)):
+        assert gradient.dtype is torch.float32
+        assert not torch.equal(gradient, gradient.bfloat16().float())
