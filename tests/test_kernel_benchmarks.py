@@ -1,7 +1,9 @@
 """The benchmark of the LoRA kernels, on a CPU and in a size of no meaning: what it compares, and what it counts."""
 
+import contextlib
 import dataclasses
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -164,7 +166,7 @@ def test_a_wrong_result_has_an_error(which):
             return tuple(2 * g if i == which - 1 else g for i, g in enumerate(super().gradients(y)))
 
     y = (lambda: bound.seeded() * 2) if which == 0 else bound.seeded
-    found = measure.errors(case, o, Off(bound.forward, bound.trained, bound.kept, bound.dy, y))
+    found = measure.errors(case, o, Off(bound.forward, bound.trained, bound.kept, bound.dy, y), {})
     assert found[("y", "dX", "dA", "dB")[which]] > 0.5
 
 
@@ -206,6 +208,72 @@ def test_the_clock_tells_forward_from_backward():
     forward, backward, both = times["sleeps"]
     assert rounds >= measure.MIN_ROUNDS
     assert 1 <= forward < 4 <= backward < both
+
+
+class Device:
+    """What the benchmark asks of torch.cuda, on a CPU; a step may refuse while it is captured."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0  # milliseconds
+        self.capturing = False
+        self.pools = 0
+        stream = SimpleNamespace(wait_stream=lambda _: None)
+        fakes = dict(
+            graph_pool_handle=self.pool, Stream=lambda: stream, current_stream=lambda: stream, graph=self.graph,
+            stream=lambda _: contextlib.nullcontext(), synchronize=lambda *_: None, _sleep=lambda _: None,
+            CUDAGraph=self.Graph, Event=self.event,
+        )  # fmt: skip
+        for name, fake in fakes.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+
+    class Graph:
+        steps = ()
+
+        def replay(self):
+            for step in self.steps:
+                step()
+
+    def pool(self):
+        self.pools += 1
+        return self.pools
+
+    @contextlib.contextmanager
+    def graph(self, graph, pool):
+        self.capturing, self.captured = True, []
+        try:
+            yield
+        finally:
+            self.capturing = False
+        graph.steps = self.captured
+
+    def event(self, enable_timing):
+        event = SimpleNamespace(at=None, elapsed_time=lambda end: end.at - event.at)
+        event.record = lambda: setattr(event, "at", self.now)
+        return event
+
+    def bound(self, milliseconds, refuses=False):
+        def work():
+            self.now += milliseconds
+
+        def step():
+            if self.capturing and refuses:
+                raise RuntimeError("operation not permitted\nwhen stream is capturing")
+            self.captured.append(work) if self.capturing else work()
+
+        return SimpleNamespace(step=step)
+
+
+def test_graphs_are_timed_by_the_step_and_refusals_are_told(monkeypatch):
+    device = Device(monkeypatch)
+    bounds = {
+        "two": [device.bound(2.0), device.bound(4.0)],
+        "no": [device.bound(1.0), device.bound(1.0, refuses=True)],
+        "one": [device.bound(5.0)],
+    }
+    times, refusals = measure.replayed(bounds, torch.device("cuda"), 0.01)
+    assert times == {"two": pytest.approx(3.0), "one": pytest.approx(5.0)}
+    assert refusals == {"no": "RuntimeError: operation not permitted"}
+    assert device.pools == 2
 
 
 def test_a_candidate_that_fails_does_not_stop_the_others(monkeypatch):

@@ -20,6 +20,8 @@ from peftkit.kernels.lora_linear import reference
 MAX_ROUNDS = 100
 MIN_ROUNDS = 5
 
+Truths = dict[int, list[Tensor]]
+
 
 @dataclass
 class Row:
@@ -83,12 +85,13 @@ def measure(case: Case, device: torch.device, seconds: float, compiled: bool = F
     torch._dynamo.reset()  # it keeps few shapes of one function
     sets = draw_sets(case, device)
     rows: dict[str, Row] = {}
+    truths: Truths = {}
     bounds: dict[str, list[Bound]] = {}
     for candidate in candidates(case, device, compiled):
         rows[candidate.name] = row = _row(case, candidate)
         try:
             bound = [candidate.bind(operands) for operands in sets]
-            _examine(row, candidate, case, sets[0], bound[0])
+            _examine(row, candidate, case, sets[0], bound[0], truths)
             for b in bound:
                 b.step()
             _settle(device)
@@ -96,6 +99,7 @@ def measure(case: Case, device: torch.device, seconds: float, compiled: bool = F
         except Exception as error:
             row.failed = _line(error)
 
+    truths.clear()  # fp64 is large
     times, rounds = timed(bounds, device, seconds / 2)
     for name, (forward, backward, both) in times.items():
         row = rows[name]
@@ -170,6 +174,7 @@ def replayed(
         except RuntimeError as error:
             refusals[name] = _line(error)
             _settle(device)
+            pool = torch.cuda.graph_pool_handle()  # what is left of the other is not to be trusted
     mark, between = _clock(device)
     found: dict[str, list[float]] = {name: [] for name in graphs}
 
@@ -254,22 +259,33 @@ def _settle(device: torch.device) -> None:
 # -- errors and memory ----------------------------------------------------------------------------------------------------
 
 
-def errors(case: Case, operands: Operands, bound: Bound) -> dict[str, float]:
-    """Of y, dX, dA and dB, against fp64 from the same numbers and the same mask; none where the mask is another's."""
+def errors(case: Case, operands: Operands, bound: Bound, truths: Truths) -> dict[str, float]:
+    """Of y, dX, dA and dB, against fp64 from the same numbers and the same mask; none where the mask is another's.
+
+    truths: by A, of these operands, for the next candidate.
+    """
     if bound.seeded is None:
         return {}
     with torch.enable_grad():
         y = bound.seeded()
         found = [y, *bound.gradients(y)]
-        exact = [t.detach().double().requires_grad_() for t in bound.trained]
-        weight, bias = operands.weight.double(), None if operands.bias is None else operands.bias.double()
-        x, a, b = exact
-        true = reference(x, weight, bias, a, b, SCALE, case.dropout, operands.seed)
-        truth = [true, *torch.autograd.grad(true, exact, operands.dy.double())]
+    key = id(bound.trained[1])
+    if key not in truths:
+        truths[key] = _truth(case, operands, bound.trained)
     return {
         name: ((f.double() - t).norm() / t.norm()).item()
-        for name, f, t in zip(("y", "dX", "dA", "dB"), found, truth, strict=True)
+        for name, f, t in zip(("y", "dX", "dA", "dB"), found, truths[key][1:], strict=True)
     }
+
+
+def _truth(case: Case, operands: Operands, trained: tuple[Tensor, ...]) -> list[Tensor]:
+    """A, which lives as long as its id is a key; y, dX, dA and dB in fp64."""
+    exact = [t.detach().double().requires_grad_() for t in trained]
+    x, a, b = exact
+    bias = None if operands.bias is None else operands.bias.double()
+    with torch.enable_grad():
+        y = reference(x, operands.weight.double(), bias, a, b, SCALE, case.dropout, operands.seed)
+    return [trained[1], y.detach(), *torch.autograd.grad(y, exact, operands.dy.double())]
 
 
 def saved_bytes(bound: Bound) -> int:
@@ -296,13 +312,13 @@ def _peak_bytes(bound: Bound, device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def _examine(row: Row, candidate: Candidate, case: Case, operands: Operands, bound: Bound) -> None:
+def _examine(row: Row, candidate: Candidate, case: Case, operands: Operands, bound: Bound, truths: Truths) -> None:
     bound.step()
     if not candidate.compiled:
         row.saved_mib = saved_bytes(bound) / 2**20
     if operands.x.is_cuda:
         row.peak_mib = _peak_bytes(bound, operands.x.device) / 2**20
-    row.errors = errors(case, operands, bound)
+    row.errors = errors(case, operands, bound, truths)
 
 
 def _row(case: Case, candidate: Candidate) -> Row:
