@@ -17,6 +17,7 @@ from kernel_rows import measured, row_of
 from benchmarks.kernels import baselines, measure, report
 from benchmarks.kernels.candidates import BASE, Candidate, Operands, candidates, draw, draw_sets
 from benchmarks.kernels.cases import SCALE, SMALL, Case
+from peftkit.kernels import choice
 from peftkit.kernels.lora_linear import reference
 
 CPU = torch.device("cpu")
@@ -208,6 +209,7 @@ def test_the_clock_tells_forward_from_backward():
     forward, backward, both = times["sleeps"]
     assert rounds >= measure.MIN_ROUNDS
     assert 1 <= forward < 4 <= backward < both
+    assert measure.timed({"sleeps": [Sleeps()]}, CPU, 0.0)[1] == measure.MIN_ROUNDS
 
 
 class Device:
@@ -288,6 +290,13 @@ def test_a_candidate_that_fails_does_not_stop_the_others(monkeypatch):
     assert ours.overhead is not None
     assert [e["way"] for e in report.chosen([base, ours, broken])] == ["torch"]
     assert report.table([base, ours, broken], "").row_count == 4
+
+
+def test_every_way_that_can_run_is_compared_and_a_base_with_room_is_not_chosen(monkeypatch):
+    monkeypatch.setattr(choice, "why_not_triton", lambda *_: None)
+    found = [c for c in candidates(SMALL[0], CPU) if c.ours]
+    assert [c.way for c in found] == [*choice.WAYS, None]
+    assert found[-1].name == "lora_linear, augmented, base with room"
 
 
 def test_two_sets_take_turns_and_are_not_alike():
