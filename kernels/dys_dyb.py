@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from peftkit.kernels.gpu import Launch, ceil_div, dot, dot_constants, jit, rank_tile, split, tl
+from peftkit.kernels.gpu import Launch, ceil_div, dot, dot_constants, jit, rank_tile, reachable, split, tl
 
 # -- reference ----------------------------------------------------------------------------------------------------------
 
@@ -101,7 +101,7 @@ def dys_dyb(dy: Tensor, b: Tensor, s: Tensor, alpha: float, t: Tiles | None = No
 
     dy: (tokens out), of any strides; b: (out r), r ≤ 256, in any floating dtype; s: (tokens r).
     """
-    run, ds, db = launch(dy, b.contiguous(), s.contiguous(), alpha, t or tiles(dy.dtype, b.shape[1]))
+    run, ds, db = launch(reachable(dy), b.contiguous(), s.contiguous(), alpha, t or tiles(dy.dtype, b.shape[1]))
     if not len(dy):
         return dy.new_empty(0, b.shape[1]), db[0].zero_()
     run()

@@ -15,7 +15,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from peftkit.kernels.gpu import Launch, ceil_div, dot, dot_constants, jit, keep_tile, rank_tile, tl
+from peftkit.kernels.gpu import (
+    Launch,
+    capability,
+    ceil_div,
+    dot,
+    dot_constants,
+    jit,
+    keep_tile,
+    rank_tile,
+    reachable,
+    tl,
+)
 from peftkit.kernels.philox import keep_mask, threshold
 
 # -- reference ----------------------------------------------------------------------------------------------------------
@@ -90,7 +101,7 @@ def _expand(
         acc += tl.load(bias + cols, mask=in_cols, other=0.0).to(tl.float32)[None, :]
 
     x_at = x + long_rows * x_row + depth[None, :] * x_col
-    w_at = w + depth.to(tl.int64)[:, None] * w_row + cols[None, :] * w_col
+    w_at = w + depth.to(tl.int64)[:, None] * w_row + cols.to(tl.int64)[None, :] * w_col
     for k in range(0, fan_in, K):
         left = fan_in - k
         x_tile = tl.load(x_at, mask=in_rows[:, None] & (depth < left)[None, :], other=0.0)
@@ -106,11 +117,11 @@ def _expand(
 # -- launch -------------------------------------------------------------------------------------------------------------
 
 
-def tiles(dtype: torch.dtype, dropout: float = 0.0) -> Tiles:
-    """Where a mask is made beside it, the tile is smaller, for both must fit in the registers."""
+def tiles(dtype: torch.dtype, dropout: float = 0.0, chip: int = 90) -> Tiles:
+    """The largest tile that fits in the registers: beside a mask, and before Hopper, the smaller one."""
     if dtype is torch.float32:
         return Tiles(64, 64, 32, 16, 8, 4, 3)
-    return Tiles(128, 128, 64, 32, 8, 8, 3) if dropout else Tiles(128, 256, 64, 16, 8, 8, 3)
+    return Tiles(128, 128, 64, 32, 8, 8, 3) if dropout or chip < 90 else Tiles(128, 256, 64, 16, 8, 8, 3)
 
 
 def launch(
@@ -160,5 +171,7 @@ def expand(
     b: (r n) of any strides, in any floating dtype; seed: (1) in int64, which draws the mask of `dropout`.
     """
     y = x.new_empty(x.shape[0], w.shape[1])
-    launch(x, w, bias, s.contiguous(), b, y, alpha, dropout, seed, t or tiles(x.dtype, dropout))()
+    launch(
+        reachable(x), w, bias, s.contiguous(), b, y, alpha, dropout, seed, t or tiles(x.dtype, dropout, capability(x))
+    )()
     return y

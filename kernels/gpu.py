@@ -83,12 +83,25 @@ def keep_tile(seed, rows, first, bar, COLS: tl.constexpr):
     w0, w1, w2, w3 = tl.philox(tl.load(seed), blocks, rows.to(tl.uint32)[:, None] + zero, zero, zero)
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
     drawn = tl.join(words & 0xFFFF, words >> 16)
-    return tl.reshape(drawn, (rows.shape[0], COLS)) >= bar.to(tl.uint32)
+    return tl.reshape(drawn, (rows.shape[0], COLS)).to(tl.int32) >= bar
 
 
 def ceil_div(n: int, by: int) -> int:
     """n / by, rounded up."""
     return -(-n // by)
+
+
+def capability(x: torch.Tensor) -> int:
+    """Of the device of x, as in sm_90; interpreted, a Hopper's."""
+    if not x.is_cuda:
+        return 90
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return 10 * major + minor
+
+
+def reachable(x: torch.Tensor) -> torch.Tensor:
+    """x, or a dense copy where its columns lie further apart than the kernels' 32-bit offsets reach."""
+    return x if (x.shape[1] - 1) * x.stride(1) < 2**31 else x.contiguous()
 
 
 def rank_tile(r: int) -> int:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from peftkit.kernels.gpu import Launch, ceil_div, dot, dot_constants, jit, keep_tile, rank_tile, split, tl
+from peftkit.kernels.gpu import Launch, ceil_div, dot, dot_constants, jit, keep_tile, rank_tile, reachable, split, tl
 from peftkit.kernels.philox import keep_mask, threshold
 
 # -- reference ----------------------------------------------------------------------------------------------------------
@@ -136,7 +136,7 @@ def _add_shrink_dx(
 def tiles(dtype: torch.dtype, r: int) -> Tiles:
     """Small tiles of tokens, so that there are programs enough to keep memory busy."""
     if dtype is torch.float32:
-        return Tiles(32, 32, 8, 2) if r > 64 else Tiles(32, 64, 4, 3)
+        return Tiles(16, 32, 8, 2) if r > 64 else Tiles(32, 64, 4, 3)
     return Tiles(32, 64, 8, 3) if r > 64 else Tiles(32, 128, 4, 3)
 
 
@@ -185,7 +185,7 @@ def shrink(x: Tensor, a: Tensor, dropout: float = 0.0, seed: Tensor | None = Non
     drawn by seed: (1) in int64, on the device of x.
     """
     s = x.new_empty(x.shape[0], a.shape[0])
-    shrink_launch(x, a.contiguous(), s, dropout, seed, t or tiles(x.dtype, a.shape[0]))()
+    shrink_launch(reachable(x), a.contiguous(), s, dropout, seed, t or tiles(x.dtype, a.shape[0]))()
     return s
 
 
@@ -195,7 +195,7 @@ def shrink_da(
     """dA = dSᵀ (mask ∘ x): (r in) in fp32. ds: (tokens r); x, dropout and seed as in `shrink`."""
     if not x.shape[0]:
         return x.new_zeros(ds.shape[1], x.shape[1], dtype=torch.float32)
-    launch, parts = shrink_da_launch(ds.contiguous(), x, dropout, seed, t or tiles(x.dtype, ds.shape[1]))
+    launch, parts = shrink_da_launch(ds.contiguous(), reachable(x), dropout, seed, t or tiles(x.dtype, ds.shape[1]))
     launch()
     return parts.sum(0) if len(parts) > 1 else parts[0]
 

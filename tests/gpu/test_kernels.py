@@ -116,3 +116,10 @@ def test_sums_over_parts_do_not_depend_on_the_order_of_programs(tile):
     exact = dys_dyb.reference(dy.double(), b.double(), s.double(), 0.5)
     for found, true in zip(dys_dyb.dys_dyb(dy, b, s, 0.5, dys_dyb.Tiles(*tile)), exact, strict=True):
         assert (found.double() - true).norm() <= 1e-6 * true.norm()
+
+
+@pytest.mark.parametrize("p", [2**-16, 3e-5, 1 - 2**-16])
+def test_the_ends_of_the_probabilities(p):
+    """The bar is then 1, which Triton compiles as a constant, and the last."""
+    ones, identity, seed = torch.ones(33, 40, device=DEVICE), torch.eye(40, device=DEVICE), a_seed()
+    assert torch.equal(shrink.shrink(ones, identity, p, seed), keep_mask(seed, 33, 40, p).float())
