@@ -60,6 +60,8 @@ def reference_delta(
     elif dropout:
         x = F.dropout(x, dropout)
     s = F.linear(x, a.to(x.dtype))
+    if torch.compiler.is_compiling():  # inductor fuses the products of a scaled sum, and forgets the scale
+        return y + F.linear(s * scale, b.to(x.dtype))
     return torch.add(y, F.linear(s, b.to(x.dtype)), alpha=scale)
 
 
@@ -97,7 +99,8 @@ def lora_linear(
         )
         # torch multiplies a tensor without memory with one that has some, and says nothing.
         is_meta = weight.is_meta or a.is_meta or b.is_meta
-        if not (dropout or is_meta or trains or way) and maybe_current_level() is None:
+        composed = is_meta or torch.compiler.is_compiling() or maybe_current_level() is not None
+        if not (dropout or trains or way or composed):
             y = F.linear(x, weight, bias)
             if bias is not None and bias.numel() != b.shape[0]:
                 raise ValueError("bias")  # which F.linear would have broadcast

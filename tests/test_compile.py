@@ -160,3 +160,47 @@ def test_a_language_model_is_exported_with_a_size_left_open():
     exported = torch.export.export(Logits(), (models.ids(),), dynamic_shapes=(sizes,), strict=False).module()
     x = models.ids().repeat(3, 1)
     torch.testing.assert_close(exported(x), output(model, x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [1, 64])
+@pytest.mark.parametrize("trains", [True, False])
+@pytest.mark.parametrize("method", ["linear", "delta"])
+def test_inductor_keeps_the_scale(tokens, trains, method):
+    """Its fusion of two products into a sum forgets `alpha` (pytorch/pytorch#167313)."""
+    from peftkit.kernels.lora_linear import lora_delta, lora_linear
+
+    x, y = torch.randn(tokens, 48), torch.randn(tokens, 40)
+    w, c, a, b = torch.randn(40, 48), torch.randn(40), torch.randn(4, 48), torch.randn(40, 4)
+
+    def run(x, y, w, c, a, b):
+        return lora_linear(x, w, c, a, b, 2.5) if method == "linear" else lora_delta(x, y.relu() @ w @ w.t(), a, b, 2.5)
+
+    given = [t.requires_grad_(trains and t is not w and t is not c) for t in (x, y, w, c, a, b)]
+    with torch.set_grad_enabled(trains):
+        true, found = run(*given), torch.compile(run, fullgraph=True)(*given)
+    torch.testing.assert_close(found, true, rtol=1e-4, atol=1e-3)
+    if trains:
+        for one, other in zip(*(torch.autograd.grad(t.sum(), (x, a, b)) for t in (found, true)), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("module", "x"),
+    [
+        (nn.Embedding(30, 16), torch.arange(5)),
+        (nn.Embedding(30, 16), torch.arange(10).view(2, 5)),
+        (nn.Conv1d(6, 8, 1), torch.ones(2, 6, 9)),
+    ],
+    ids=["ids", "batched ids", "1x1"],
+)
+def test_inductor_keeps_the_scale_elsewhere(module, x):
+    model = peftkit_with_drawn_pair(module)
+    torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def peftkit_with_drawn_pair(module: nn.Module) -> nn.Module:
+    model = nn.Sequential(module)
+    peftkit.inject(model, LoRAConfig(r=2, alpha=10.0, targets="0"))
+    for p in model[0].peftkit.parameters():
+        nn.init.normal_(p)
+    return model

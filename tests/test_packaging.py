@@ -74,7 +74,10 @@ def test_a_wheel_holds_every_module_and_no_other_package(
         names = set(wheel.namelist())
     info = {name for name in names if name.split("/")[0].endswith(".dist-info")}
     assert {name for name in names - info if name.endswith(".py")} == {*MODULES, *KERNELS}
-    assert {name for name in names - info if not name.endswith(".py")} == {"peftkit/py.typed", "peftkit/kernels/ways.json"}
+    assert {name for name in names - info if not name.endswith(".py")} == {
+        "peftkit/py.typed",
+        "peftkit/kernels/ways.json",
+    }
     assert any(name.endswith("/LICENSE") for name in info)
 
 

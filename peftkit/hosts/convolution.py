@@ -40,8 +40,8 @@ class ConvHost(Host):
         x = x.to(device=a.device, dtype=y.dtype)
         s = self._conv(F.dropout(x, dropout) if dropout else x, a.to(x.dtype), self.module.in_channels // a.shape[1])
         ones = (1,) * len(self.module.kernel_size)
-        delta = self._function()(s, b.to(x.dtype), None, ones, 0, ones, self.groups)
-        return torch.add(y, delta.to(y.device), alpha=scale)
+        delta = self._function()(s * scale, b.to(x.dtype), None, ones, 0, ones, self.groups)
+        return y + delta.to(y.device)
 
     def _function(self) -> Callable[..., Tensor]:
         return (F.conv1d, F.conv2d, F.conv3d)[len(self.module.kernel_size) - 1]

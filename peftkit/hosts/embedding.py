@@ -28,11 +28,9 @@ class EmbeddingHost(Host):
     def add_low_rank(self, x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: float, dropout: float) -> Tensor:
         m = self.module
         rows = F.embedding(x.to(a.device), a.t(), m.padding_idx, None, 2.0, m.scale_grad_by_freq)
-        delta = F.linear(rows, b).to(device=y.device, dtype=y.dtype)
-        return torch.add(
-            y,
-            delta if isinstance(self.embed_scale, float) and self.embed_scale == 1.0 else delta * self.embed_scale,
-            alpha=scale,
+        delta = F.linear(rows * scale, b).to(device=y.device, dtype=y.dtype)
+        return y + (
+            delta if isinstance(self.embed_scale, float) and self.embed_scale == 1.0 else delta * self.embed_scale
         )
 
     def matrices(self, weight: Tensor) -> list[Tensor]:
