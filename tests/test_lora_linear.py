@@ -407,7 +407,7 @@ def test_backward_under_autocast(kernel):
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_compiles_without_a_break(path, grad, dropout):
-    x, weight, bias, a, b = inputs((2, 20))
+    x, weight, bias, a, b = inputs((2, 20), dtype=torch.float64)
     torch._dynamo.reset()
     compiled = torch.compile(
         lambda x, a, b: lora_linear(x, weight, bias, a, b, SCALE, dropout),
