@@ -59,10 +59,12 @@ def reference_delta(
         scale = scale / kept(dropout)
     elif dropout:
         x = F.dropout(x, dropout)
-    s = F.linear(x, a.to(x.dtype))
+    # of x and a wider A the smaller one is cast: for a few tokens that is x
+    dtype = a.dtype if a.dtype.itemsize > x.dtype.itemsize and x.numel() < a.numel() else x.dtype
+    s, b = F.linear(x.to(dtype), a.to(dtype)), b.to(dtype)
     if torch.compiler.is_compiling():  # inductor fuses the products of a scaled sum, and forgets the scale
-        return y + F.linear(s * scale, b.to(x.dtype))
-    return torch.add(y, F.linear(s, b.to(x.dtype)), alpha=scale)
+        return y + F.linear(s * scale, b).to(y.dtype)
+    return torch.add(y, F.linear(s, b).to(y.dtype), alpha=scale)
 
 
 def lora_linear(

@@ -525,3 +525,12 @@ def test_gradients_of_a_wide_pair_are_not_rounded(kernel, p):
     for gradient in torch.autograd.grad(y, given[3:], torch.randn_like(y)):
         assert gradient.dtype is torch.float32
         assert not torch.equal(gradient, gradient.bfloat16().float())
+
+
+@pytest.mark.parametrize(("dtype", "pair"), [(torch.float32, torch.bfloat16), (torch.float16, torch.bfloat16)])
+def test_a_narrower_pair_does_not_narrow_x(dtype, pair):
+    given = inputs((1,), r=8, dtype=dtype, master=pair, seed=0)
+    y = lora_linear(*given, SCALE)
+    assert y.dtype is dtype
+    truth = reference(*wide(given), SCALE)
+    assert error(y, truth) <= 8 * torch.finfo(dtype).eps * truth.norm()
