@@ -91,10 +91,10 @@ def _launches(dtype: torch.dtype, r: int, p: float, chip: int) -> Iterator[tuple
     a, b = empty(r, WIDTH, dtype=torch.float32), empty(WIDTH, r, dtype=torch.float32)
     seed = empty(1, dtype=torch.int64) if p else None
     tiles = shrink.tiles(dtype, r)
-    yield "shrink", shrink.shrink_launch(x, a, s, p, seed, tiles)
+    yield "shrink", shrink.shrink_launch(x, a.to(dtype), s, p, seed, tiles)
     yield "shrink_da", shrink.shrink_da_launch(s, x, p, seed, tiles)[0]
     if p:
-        yield "add_shrink_dx", shrink.add_shrink_dx_launch(x, s, a, p, seed, tiles)
+        yield "add_shrink_dx", shrink.add_shrink_dx_launch(x, s, a, x, p, seed, tiles)
     if not p or r == 256:
         yield "dys_dyb", dys_dyb.launch(x, b, s, 2.0, dys_dyb.tiles(dtype, r))[0]
         yield (

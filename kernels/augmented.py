@@ -4,7 +4,7 @@
     [dX │ dS] = dY · [W │ B]          then dX is completed by dS
 
 The library's own product does all of it, at the price of writing X, and W unless its owner gave it room, into a
-wider buffer. Columns are padded to eight, as matrix instructions want rows of sixteen bytes.
+wider buffer. Columns are padded to sixteen, for loads of sixteen bytes that begin where rows do.
 """
 
 from __future__ import annotations
@@ -14,47 +14,47 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-# Storages that `with_room` made, by identity: only of those are the columns behind the last one nobody's.
-_roomy: dict[int, StorageWeakRef] = {}
+# Storages that `with_room` made, by identity, and their weights' widths: only there are the columns behind nobody's.
+_roomy: dict[int, tuple[StorageWeakRef, int]] = {}
 
 
 def room(r: int) -> int:
     """Columns that a rank takes."""
-    return -(-r // 8) * 8
+    return -(-r // 16) * 16
 
 
 def with_room(weight: Tensor, r: int) -> Tensor:
     """A copy of `weight`, (n k), that owns `room(r)` further columns, so that no later product need copy it.
 
     It is a view with longer rows; to train a module that way: `module.weight.data = with_room(module.weight.data, 16)`.
+    A copy of it, as `.to()` and deepcopy make, is an ordinary weight again.
     """
     n, k = weight.shape
     view = weight.new_zeros(n, k + room(r))[:, :k].copy_(weight)
-    for key in [key for key, ref in _roomy.items() if ref.expired()]:
+    for key in [key for key, (ref, _) in _roomy.items() if ref.expired()]:
         del _roomy[key]
     ref = StorageWeakRef(view.untyped_storage())
-    _roomy[ref.cdata] = ref
+    _roomy[ref.cdata] = ref, k
     return view
 
 
 def _has_room(weight: Tensor, columns: int) -> bool:
     if weight.stride() != (weight.stride(0), 1) or weight.stride(0) < weight.shape[1] + columns:
         return False
-    ref = _roomy.get(weight.untyped_storage()._cdata)
-    return ref is not None and not ref.expired() and weight.storage_offset() == 0
+    ref, width = _roomy.get(weight.untyped_storage()._cdata, (None, 0))
+    return ref is not None and not ref.expired() and weight.storage_offset() == 0 and weight.shape[1] == width
 
 
 def beside(left: Tensor, right: Tensor, alpha: float = 1.0) -> Tensor:
     """[left │ alpha · right │ 0]: (rows, k + room(r)) in the dtype of `left`; in its own room where it has any."""
     k, r = left.shape[1], right.shape[1]
     if _has_room(left, room(r)):
-        wide = left.detach().as_strided((len(left), k + room(r)), left.stride())
+        # through `data`, since what others saved of the weight has not changed
+        wide = left.data.as_strided((len(left), k + room(r)), left.stride())
     else:
         wide = left.new_empty(len(left), k + room(r))
         wide[:, :k].copy_(left.detach())
-    torch.mul(right.detach(), alpha, out=wide[:, k : k + r]) if right.dtype is left.dtype else wide[:, k : k + r].copy_(
-        right.detach() * alpha
-    )
+    torch.mul(right.detach(), alpha, out=wide[:, k : k + r])
     wide[:, k + r :].zero_()
     return wide
 

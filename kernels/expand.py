@@ -171,6 +171,7 @@ def expand(
     b: (r n) of any strides, in any floating dtype; seed: (1) in int64, which draws the mask of `dropout`.
     """
     y = x.new_empty(x.shape[0], w.shape[1])
+    bias = None if bias is None else bias.contiguous()
     launch(
         reachable(x), w, bias, s.contiguous(), b, y, alpha, dropout, seed, t or tiles(x.dtype, dropout, capability(x))
     )()

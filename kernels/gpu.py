@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -50,7 +51,11 @@ class Launch:
     stages: int
 
     def __call__(self) -> None:
-        if all(self.grid):
+        if not all(self.grid):
+            return
+        (place, *_) = {t.device for t in self.arguments.values() if isinstance(t, torch.Tensor)}
+        # Triton launches on the current device, which need not be the tensors'
+        with torch.cuda.device(place) if place.type == "cuda" else contextlib.nullcontext():
             self.kernel[self.grid](**self.arguments, **self.constants, num_warps=self.warps, num_stages=self.stages)
 
 
@@ -60,8 +65,14 @@ def dot_constants(dtype: torch.dtype) -> dict[str, Any]:
     WIDE: the interpreter multiplies bf16 as if it were integers, so operands are widened there first.
     PRECISION: of fp32 products, as torch has it for its own.
     """
-    tf32 = torch.backends.cuda.matmul.allow_tf32 and dtype is torch.float32
-    return {"WIDE": INTERPRETED, "PRECISION": "tf32" if tf32 else "ieee"}
+    return {"WIDE": INTERPRETED, "PRECISION": "tf32" if dtype is torch.float32 and _tf32() else "ieee"}
+
+
+def _tf32() -> bool:
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):  # whoever has set it may not read the older flag
+        return bool(matmul.fp32_precision == "tf32")
+    return bool(matmul.allow_tf32)
 
 
 @jit

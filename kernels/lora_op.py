@@ -58,9 +58,8 @@ def _backward(dy, x, weight, a, b, s, scale, dropout, seed, way, needs):
 
         found = triton_ways.backward(way, flat, flat_x, weight, a, b, s, scale, dropout, seed, needs)
     dx, da, db = found
-    dx = None if dx is None else dx.reshape(*dy.shape[:-1], a.shape[1]).contiguous()
-    db = None if db is None else db.contiguous()
-    return tuple(dy.new_empty(0) if t is None else t for t in (dx, da, db))
+    dx = None if dx is None else dx.reshape(*dy.shape[:-1], a.shape[1])
+    return tuple(dy.new_empty(0) if t is None else t.contiguous() for t in (dx, da, db))
 
 
 def _forward_fake(x, y, weight, bias, a, b, scale, dropout, seed, way):
@@ -71,7 +70,7 @@ def _forward_fake(x, y, weight, bias, a, b, scale, dropout, seed, way):
 
 
 def _backward_fake(dy, x, weight, a, b, s, scale, dropout, seed, way, needs):
-    shapes = (dy.new_empty(*dy.shape[:-1], a.shape[1]), torch.empty_like(a), b.new_empty(b.shape))
+    shapes = (dy.new_empty(*dy.shape[:-1], a.shape[1]), a.new_empty(a.shape), b.new_empty(b.shape))
     return tuple(t if needed else dy.new_empty(0) for t, needed in zip(shapes, needs, strict=True))
 
 
@@ -79,6 +78,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
     x, _, weight, _, a, b, scale, dropout, seed, way = inputs
     _, _, _, _, a_trains, b_trains, *_ = ctx.needs_input_grad
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
     ctx.scale, ctx.dropout, ctx.way = scale, dropout, way
     ctx.save_for_backward(x if a_trains else None, weight, a, b, output[1] if b_trains else None, seed)
 

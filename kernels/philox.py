@@ -42,5 +42,6 @@ def keep_mask(seed: Tensor, rows: int, cols: int, p: float) -> Tensor:
         c1, c3 = p1 & _LOW, p0 & _LOW
         k0, k1 = k0 + _WEYL[0] & _LOW, k1 + _WEYL[1] & _LOW
     words = torch.stack((c0, c1, c2, c3), dim=-1)
-    drawn = torch.stack((words & 0xFFFF, words >> 16), dim=-1)
-    return (drawn >= threshold(p)).reshape(rows, 8 * c0.shape[1])[:, :cols]
+    # halves as int16, low before high; with the sign bit turned they order as the unsigned numbers do
+    drawn = words.to(torch.int32).view(torch.int16) ^ -(2**15)
+    return (drawn >= threshold(p) - 2**15).reshape(rows, 8 * c0.shape[1])[:, :cols]

@@ -2,7 +2,7 @@
 
     S  = (mask ∘ x) Aᵀ           (tokens r)
     dA = dSᵀ (mask ∘ x)          (r in)
-    dX = dX + mask ∘ (dS A)      (tokens in), in place
+    dX = dX + mask ∘ (dS A)      (tokens in)
 
 Each reads x or dX once, and nothing of that size is made beside it: the mask is a function of seed and position
 (`philox`). 1/(1 − p) is left to whoever scales dS and S. A and dS may be wider or narrower than x: products are of
@@ -106,7 +106,7 @@ def _shrink_da(
 
 @jit
 def _add_shrink_dx(
-    dx, ds, a, seed, tokens, fan_in, r, dx_row, bar,
+    dx, ds, a, out, seed, tokens, fan_in, r, dx_row, out_row, bar,
     DROPOUT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
     M: tl.constexpr, K: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
@@ -125,9 +125,9 @@ def _add_shrink_dx(
         low = dot(ds_tile, a_tile.to(ds_tile.dtype), low, WIDE, PRECISION)
     if DROPOUT:
         low = tl.where(keep_tile(seed, rows, first, bar, K), low, 0.0)
-    at = dx + long_rows * dx_row + cols[None, :]
     inside = in_rows[:, None] & in_cols[None, :]
-    tl.store(at, (tl.load(at, mask=inside, other=0.0).to(tl.float32) + low).to(dx.dtype.element_ty), mask=inside)
+    low += tl.load(dx + long_rows * dx_row + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + long_rows * out_row + cols[None, :], low.to(out.dtype.element_ty), mask=inside)
 
 
 # -- launches -----------------------------------------------------------------------------------------------------------
@@ -164,12 +164,15 @@ def shrink_da_launch(ds: Tensor, x: Tensor, dropout: float, seed: Tensor | None,
     return Launch(_shrink_da, (ceil_div(fan_in, t.k), count), arguments, constants, t.warps, t.stages), parts
 
 
-def add_shrink_dx_launch(dx: Tensor, ds: Tensor, a: Tensor, dropout: float, seed: Tensor | None, t: Tiles) -> Launch:
+def add_shrink_dx_launch(
+    dx: Tensor, ds: Tensor, a: Tensor, out: Tensor, dropout: float, seed: Tensor | None, t: Tiles
+) -> Launch:
     """The launch that fills its output."""
     (tokens, fan_in), r = dx.shape, a.shape[0]
     arguments = dict(
-        dx=dx, ds=ds, a=a, seed=seed, tokens=tokens, fan_in=fan_in, r=r, dx_row=dx.stride(0), bar=threshold(dropout)
-    )
+        dx=dx, ds=ds, a=a, out=out, seed=seed, tokens=tokens, fan_in=fan_in, r=r, dx_row=dx.stride(0),
+        out_row=out.stride(0), bar=threshold(dropout),
+    )  # fmt: skip
     constants = {"DROPOUT": dropout > 0, **dot_constants(dx.dtype), "M": t.m, "K": t.k, "R": min(64, rank_tile(r))}
     grid = ceil_div(tokens, t.m), ceil_div(fan_in, t.k)
     return Launch(_add_shrink_dx, grid, arguments, constants, t.warps, t.stages)
@@ -185,7 +188,8 @@ def shrink(x: Tensor, a: Tensor, dropout: float = 0.0, seed: Tensor | None = Non
     drawn by seed: (1) in int64, on the device of x.
     """
     s = x.new_empty(x.shape[0], a.shape[0])
-    shrink_launch(reachable(x), a.contiguous(), s, dropout, seed, t or tiles(x.dtype, a.shape[0]))()
+    a = a.to(x.dtype).contiguous()  # rounded once, rather than by every program, each of which reads all of it
+    shrink_launch(reachable(x), a, s, dropout, seed, t or tiles(x.dtype, a.shape[0]))()
     return s
 
 
@@ -201,8 +205,18 @@ def shrink_da(
 
 
 def add_shrink_dx(
-    dx: Tensor, ds: Tensor, a: Tensor, dropout: float = 0.0, seed: Tensor | None = None, t: Tiles | None = None
+    dx: Tensor,
+    ds: Tensor,
+    a: Tensor,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    out: Tensor | None = None,
+    t: Tiles | None = None,
 ) -> Tensor:
-    """dX += mask ∘ (dS A), in place and rounded once. dx: (tokens in), dense along a row; ds: (tokens r); a: (r in)."""
-    add_shrink_dx_launch(dx, ds.contiguous(), a.contiguous(), dropout, seed, t or tiles(dx.dtype, a.shape[0]))()
-    return dx
+    """dX + mask ∘ (dS A), rounded once, in `out`, which is dX itself where it is None.
+
+    dx, out: (tokens in), dense along a row; ds: (tokens r); a: (r in).
+    """
+    out = dx if out is None else out
+    add_shrink_dx_launch(dx, ds.contiguous(), a.contiguous(), out, dropout, seed, t or tiles(dx.dtype, a.shape[0]))()
+    return out

@@ -142,4 +142,4 @@ def _backward_through_mask(
 
 
 def _rows_per_piece(x: Tensor) -> int:
-    return max(1, min(len(x), PIECE // x.shape[1])) if x.is_cpu else len(x)
+    return max(1, min(len(x), PIECE // x.shape[1])) if x.is_cpu else max(1, len(x))

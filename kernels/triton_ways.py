@@ -16,6 +16,9 @@ from peftkit.kernels.expand import expand
 from peftkit.kernels.shrink import add_shrink_dx, shrink, shrink_da
 from peftkit.kernels.torch_way import Needs, wide_mm
 
+# Up to this rank the shares of dS that `dys_dyb` writes and reads are less than the second read of dY that it saves.
+SHARED_RANK = 32
+
 
 def forward(
     way: str,
@@ -63,7 +66,7 @@ def backward(
     dx = ds = da = db = None
     if way == "augmented" and x_needs and weight is not None:
         dx, ds = augmented.backward(dy, weight, b, alpha)
-    elif fused and b_needs and s is not None:
+    elif fused and b_needs and s is not None and b.shape[1] <= SHARED_RANK:
         ds, db = dys_dyb(dy, b, s, alpha)
     elif x_needs or a_needs:
         ds = dy.new_empty(len(dy), len(a)).addmm_(dy, b.to(dy.dtype), beta=0, alpha=alpha)
@@ -77,8 +80,11 @@ def backward(
         assert ds is not None
         if fused and weight is not None:
             dx = expand(dy, weight, None, ds, a, 1.0, dropout, seed)
+        elif weight is None and not dropout:
+            dx = ds @ a.to(ds.dtype)
+        elif dx is not None:  # rows of `augmented` are longer; the sum is written where they are dense
+            dx = add_shrink_dx(dx, ds, a, dropout, seed, out=dx.new_empty(dx.shape))
         else:
-            if dx is None:
-                dx = dy @ weight if weight is not None else dy.new_zeros(len(dy), a.shape[1])
+            dx = dy @ weight if weight is not None else dy.new_zeros(len(dy), a.shape[1])
             dx = add_shrink_dx(dx, ds, a, dropout, seed) if dropout else dx.addmm_(ds, a.to(dx.dtype))
     return dx, None if da is None else da.to(a.dtype), None if db is None else db.to(b.dtype)

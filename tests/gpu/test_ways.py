@@ -23,6 +23,7 @@ from hypothesis import given
 from torch.utils.checkpoint import checkpoint
 
 from peftkit.kernels import augmented, choice
+from peftkit.kernels.gpu import dot_constants
 from peftkit.kernels.lora_linear import lora_delta, lora_linear, reference, reference_delta
 
 TRITON = [way for way in choice.WAYS if way != "torch"]
@@ -175,14 +176,18 @@ def test_autocast_is_the_base_in_its_dtype(way):
 def test_a_weight_with_room_is_not_copied_and_not_changed():
     weight, x, s, b = draw(24, 40), draw(9, 40), draw(9, 5), draw(24, 5)
     roomy = augmented.with_room(weight, 5)
-    assert torch.equal(roomy, weight) and roomy.stride() == (48, 1)
+    assert torch.equal(roomy, weight) and roomy.stride() == (56, 1)
+    version = roomy._version
     wide = augmented.beside(roomy, b, 0.5)
     assert wide.data_ptr() == roomy.data_ptr() and torch.equal(roomy, weight)
     assert torch.equal(augmented.forward(x, roomy, None, s, b, 0.5), augmented.forward(x, weight, None, s, b, 0.5))
-    # somebody else's columns behind a slice are not room
+    # nor does it count as a change of the weight, which others may have saved
+    assert roomy._version == version
+    # somebody else's columns behind a slice are not room, nor are the weight's own behind a slice of it
+    assert augmented.beside(roomy[:, :16], b).data_ptr() != roomy.data_ptr() and torch.equal(roomy, weight)
     slice_ = draw(24, 48)[:, :40]
     assert augmented.beside(slice_, b).data_ptr() != slice_.data_ptr()
-    assert augmented.beside(roomy, draw(24, 9)).data_ptr() != roomy.data_ptr()  # more than there is
+    assert augmented.beside(roomy, draw(24, 17)).data_ptr() != roomy.data_ptr()  # more than there is
 
 
 @pytest.mark.gpu
@@ -198,6 +203,57 @@ def test_compiles_in_one_graph(way, p):
 
 
 @pytest.mark.gpu
+def test_draws_its_own_seed_when_compiled():
+    given = operands(256, 256, 256, 16, torch.bfloat16, torch.float32)
+    compiled = torch.compile(lambda *t: lora_linear(*t, SCALE, 0.5), fullgraph=True)
+    one, other = (compiled(*given) for _ in range(2))
+    assert torch.isfinite(one).all() and not torch.equal(one, other)
+    torch.autograd.grad(one.sum(), (given[0], given[3], given[4]))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_runs_where_the_tensors_are():
+    given = [t.detach().to("cuda:1") for t in operands()]
+    seed = a_seed().to("cuda:1")
+    torch.testing.assert_close(
+        lora_linear(*given, SCALE, 0.3, seed=seed, way="epilogue"), reference(*given, SCALE, 0.3, seed)
+    )
+
+
+@pytest.mark.parametrize("way", TRITON)
+def test_a_bias_of_any_stride(way):
+    x, weight, _, a, b = operands()
+    for bias in (draw(32, 2)[:, 0], draw(1).expand(32)):
+        found = lora_linear(x, weight, bias, a, b, SCALE, way=way)
+        assert (found - reference(x, weight, bias, a, b, SCALE)).norm() <= 1e-5 * found.norm()
+
+
+@pytest.mark.parametrize("way", TRITON)
+def test_a_weight_with_room_serves_two_passes_before_one_backward(way):
+    x, weight, bias, a, b = operands()
+    roomy = augmented.with_room(weight, 4)
+    both = sum(lora_linear(x, roomy, bias, a, b, SCALE, way=way) for _ in range(2))
+    true = 2 * reference(x, weight, bias, a, b, SCALE)
+    pairs = zip(*(torch.autograd.grad(y.sum(), (x, a, b)) for y in (both, true)), strict=True)
+    assert all((one - other).norm() <= 1e-5 * other.norm() for one, other in pairs)
+
+
+@pytest.mark.parametrize("flag", ["tf32", "ieee"])
+def test_fp32_is_what_torch_has_been_told(monkeypatch, flag):
+    matmul = torch.backends.cuda.matmul
+    if not hasattr(matmul, "fp32_precision"):
+        pytest.skip("this torch has the older flag alone")
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = flag
+        assert dot_constants(torch.float32)["PRECISION"] == flag
+        assert dot_constants(torch.bfloat16)["PRECISION"] == "ieee"
+    finally:
+        matmul.fp32_precision = before
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("way", TRITON)
 def test_a_cuda_graph_holds_a_step_and_draws_anew(way):
     given = operands(256, 256, 256, 16, torch.bfloat16, torch.float32)
@@ -208,6 +264,7 @@ def test_a_cuda_graph_holds_a_step_and_draws_anew(way):
         return y, *torch.autograd.grad(y, (given[0], given[3], given[4]), dy)
 
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         step()
     torch.cuda.current_stream().wait_stream(side)
