@@ -14,7 +14,7 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 
 # The interpreter takes milliseconds for a step of a tile.
 SIZE = 70 if INTERPRETED else 700
-quick = settings(max_examples=12 if INTERPRETED else 60, deadline=None, derandomize=True)
+quick = settings(max_examples=12 if INTERPRETED else 25, deadline=None, derandomize=True)
 
 sizes = st.integers(1, SIZE)
 tokens = st.sampled_from([0, 1, 2, 15, 16, 33, 64, SIZE])
