@@ -27,7 +27,8 @@ def check(rows: list[Row], count: int) -> None:
     for row in rows:
         assert math.isfinite(row.measured), row
         assert row.limit is None, row  # nothing is promised of a model this small
-        assert all(value >= 0 for value in row.detail.values()), row
+        if "resident memory" not in row.what:  # comes and goes by pages, more than a model this small takes
+            assert all(value >= 0 for value in row.detail.values()), row
         assert row.unit != "weights" or row.measured == 0, row  # changed by merging and unmerging
     json.dumps([row.as_json() for row in rows])
     assert table(rows).row_count == count
