@@ -123,3 +123,10 @@ def test_the_ends_of_the_probabilities(p):
     """The bar is then 1, which Triton compiles as a constant, and the last."""
     ones, identity, seed = torch.ones(33, 40, device=DEVICE), torch.eye(40, device=DEVICE), a_seed()
     assert torch.equal(shrink.shrink(ones, identity, p, seed), keep_mask(seed, 33, 40, p).float())
+
+
+def test_what_is_drawn_at_the_bar_is_kept():
+    """Seed 0 draws 0xE8D5 first (Random123's known answer)."""
+    one = torch.ones(1, 1, device=DEVICE)
+    for above, kept in ((0, 1.0), (1, 0.0)):
+        assert shrink.shrink(one, one, (0xE8D5 + above) / 2**16, a_seed(0)).item() == kept
