@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from measure import interleaved, write_result
+from measure import interleaved, saved_bytes, write_result
 from peft import LoraConfig
 from peft.tuners.lora.layer import Linear as PeftLinear
 from rich.console import Console
@@ -78,23 +78,6 @@ def peft_layer(case: Case, linear: nn.Linear, a: Tensor, b: Tensor) -> PeftLinea
     layer.lora_B["default"].weight = nn.Parameter(b.detach().clone())
     linear.requires_grad_(False)
     return layer
-
-
-def saved_bytes(run: Callable[[], Tensor], parameters: list[Tensor]) -> int:
-    """What a forward pass leaves for backward, each storage once, parameters left out."""
-    held = {parameter.untyped_storage().data_ptr() for parameter in parameters}
-    storages: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in held:
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = run()  # kept until the storages are counted, so that no address is used twice
-    del out
-    return sum(storages.values())
 
 
 def errors(outputs: list[Tensor], truth: list[Tensor]) -> dict[str, float]:

@@ -11,7 +11,7 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,23 @@ def interleaved(
         if was_enabled:
             gc.enable()
     return {name: statistics.median(seconds) for name, seconds in times.items()}
+
+
+def saved_bytes(forward: Callable[[], torch.Tensor], kept: Iterable[torch.Tensor]) -> int:
+    """What a forward pass leaves for backward: each storage once, without those of `kept`, which a model holds anyway."""
+    held = {tensor.untyped_storage().data_ptr() for tensor in kept}
+    storages: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in held:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = forward()  # alive until the storages are counted, so that no address is used twice
+    del y
+    return sum(storages.values())
 
 
 def machine() -> dict[str, Any]:

@@ -53,7 +53,7 @@ class Launch:
     def __call__(self) -> None:
         if not all(self.grid):
             return
-        (place, *_) = {t.device for t in self.arguments.values() if isinstance(t, torch.Tensor)}
+        place = next(t.device for t in self.arguments.values() if isinstance(t, torch.Tensor))
         # Triton launches on the current device, which need not be the tensors'
         with torch.cuda.device(place) if place.type == "cuda" else contextlib.nullcontext():
             self.kernel[self.grid](**self.arguments, **self.constants, num_warps=self.warps, num_stages=self.stages)

@@ -34,6 +34,7 @@ from peftkit.kernels.philox import keep_mask, kept
 SMALL = 2**15
 
 _PLAIN = (Tensor, Parameter)
+_TRACED = (*_PLAIN, FakeTensor)
 
 
 def reference(
@@ -154,10 +155,9 @@ def _kernel(
     way: str | None,
 ) -> Tensor:
     """The operator; on a CPU the function behind it."""
-    forced = way or os.environ.get(choice.VARIABLE)
-    if forced:
-        choice.checked(forced, x.device, x.dtype, a.shape[0])
     if not x.is_cuda and not INTERPRETED and not torch._C._len_torch_dispatch_stack():
+        if forced := way or os.environ.get(choice.VARIABLE):
+            choice.checked(forced, x.device, x.dtype, a.shape[0])  # as the operator does itself
         return LoraLinear.apply(x, y, weight, bias, a, b, scale, dropout, seed)  # type: ignore[return-value]
     from peftkit.kernels import lora_op  # registers the operators, which takes too long for an import of peftkit
 
@@ -178,17 +178,15 @@ def _must_compose(x: Tensor, base: Tensor, way: str | None) -> bool:
 
     It does not ask for gradients: a checkpoint runs without them first, and must then draw the same mask.
     """
-    if x.is_meta or maybe_current_level() is not None:
-        return True
-    if x.is_cuda or INTERPRETED:  # the operator can be traced, faked and cast
-        known = (*_PLAIN, FakeTensor)
-        return (x.numel() < SMALL and way is None) or type(x) not in known or type(base) not in known
+    traced = x.is_cuda or INTERPRETED  # the operator can be traced, faked and cast
+    known = _TRACED if traced else _PLAIN
     return (
-        (x.numel() < SMALL and way is None)
-        or torch.compiler.is_compiling()
-        or torch.is_autocast_enabled(x.device.type)
-        or type(x) not in _PLAIN
-        or type(base) not in _PLAIN
+        x.is_meta
+        or maybe_current_level() is not None
+        or (x.numel() < SMALL and way is None)
+        or type(x) not in known
+        or type(base) not in known
+        or (not traced and (torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)))
     )
 
 

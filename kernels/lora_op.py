@@ -9,6 +9,7 @@ its seed, (1) in int64 on the device of x, so that an operator run twice draws t
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -63,10 +64,7 @@ def _backward(dy, x, weight, a, b, s, scale, dropout, seed, way, needs):
 
 
 def _forward_fake(x, y, weight, bias, a, b, scale, dropout, seed, way):
-    tokens = 1
-    for n in x.shape[:-1]:
-        tokens = tokens * n
-    return x.new_empty(*x.shape[:-1], b.shape[0]), x.new_empty(tokens, a.shape[0])
+    return x.new_empty(*x.shape[:-1], b.shape[0]), x.new_empty(math.prod(x.shape[:-1]), a.shape[0])
 
 
 def _backward_fake(dy, x, weight, a, b, s, scale, dropout, seed, way, needs):

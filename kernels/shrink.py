@@ -12,7 +12,7 @@ their order, so that the same input gives the same bits.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -140,6 +140,10 @@ def tiles(dtype: torch.dtype, r: int) -> Tiles:
     return Tiles(32, 64, 8, 3) if r > 64 else Tiles(32, 128, 4, 3)
 
 
+def _constants(dtype: torch.dtype, dropout: float, t: Tiles, r: int) -> dict[str, Any]:
+    return {"DROPOUT": dropout > 0, **dot_constants(dtype), "M": t.m, "K": t.k, "R": r}
+
+
 def shrink_launch(x: Tensor, a: Tensor, s: Tensor, dropout: float, seed: Tensor | None, t: Tiles) -> Launch:
     """The launch that fills its output."""
     (tokens, fan_in), r = x.shape, a.shape[0]
@@ -147,7 +151,7 @@ def shrink_launch(x: Tensor, a: Tensor, s: Tensor, dropout: float, seed: Tensor 
         x=x, a=a, s=s, seed=seed, tokens=tokens, fan_in=fan_in, r=r, x_row=x.stride(0), x_col=x.stride(1),
         bar=threshold(dropout),
     )  # fmt: skip
-    constants = {"DROPOUT": dropout > 0, **dot_constants(x.dtype), "M": t.m, "K": t.k, "R": rank_tile(r)}
+    constants = _constants(x.dtype, dropout, t, rank_tile(r))
     return Launch(_shrink, (ceil_div(tokens, t.m),), arguments, constants, t.warps, t.stages)
 
 
@@ -160,7 +164,7 @@ def shrink_da_launch(ds: Tensor, x: Tensor, dropout: float, seed: Tensor | None,
         ds=ds, x=x, parts=parts, seed=seed, tokens=tokens, fan_in=fan_in, r=r, x_row=x.stride(0), x_col=x.stride(1),
         bar=threshold(dropout), length=length,
     )  # fmt: skip
-    constants = {"DROPOUT": dropout > 0, **dot_constants(x.dtype), "M": t.m, "K": t.k, "R": rank_tile(r)}
+    constants = _constants(x.dtype, dropout, t, rank_tile(r))
     return Launch(_shrink_da, (ceil_div(fan_in, t.k), count), arguments, constants, t.warps, t.stages), parts
 
 
@@ -173,7 +177,7 @@ def add_shrink_dx_launch(
         dx=dx, ds=ds, a=a, out=out, seed=seed, tokens=tokens, fan_in=fan_in, r=r, dx_row=dx.stride(0),
         out_row=out.stride(0), bar=threshold(dropout),
     )  # fmt: skip
-    constants = {"DROPOUT": dropout > 0, **dot_constants(dx.dtype), "M": t.m, "K": t.k, "R": min(64, rank_tile(r))}
+    constants = _constants(dx.dtype, dropout, t, min(64, rank_tile(r)))
     grid = ceil_div(tokens, t.m), ceil_div(fan_in, t.k)
     return Launch(_add_shrink_dx, grid, arguments, constants, t.warps, t.stages)
 

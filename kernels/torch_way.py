@@ -37,11 +37,24 @@ def forward(
     x: (tokens in), y: (tokens out); the mask as bytes, None without dropout; α: scale over the probability of keeping.
     """
     s, keep, kept = _shrink(x, a.to(x.dtype), dropout, seed)
-    alpha, bt = scale / kept, b.to(x.dtype).t()
+    alpha = scale / kept
+    return add_low_rank(x, y, weight, bias, s, b, alpha), s, keep, alpha
+
+
+def add_low_rank(
+    x: Tensor, y: Tensor | None, weight: Tensor | None, bias: Tensor | None, s: Tensor, b: Tensor, alpha: float
+) -> Tensor:
+    """x Wᵀ + bias, or y where weight is None, plus α · S Bᵀ, added by the product that makes it; y is not changed."""
+    bt = b.to(x.dtype).t()
     if weight is None:
         assert y is not None
-        return torch.addmm(y, s, bt, alpha=alpha), s, keep, alpha
-    return F.linear(x, weight, bias).addmm_(s, bt, alpha=alpha), s, keep, alpha
+        return torch.addmm(y, s, bt, alpha=alpha)
+    return F.linear(x, weight, bias).addmm_(s, bt, alpha=alpha)
+
+
+def gradient_of_s(dy: Tensor, b: Tensor, alpha: float) -> Tensor:
+    """dS = α · dY B: (tokens r)."""
+    return dy.new_empty(len(dy), b.shape[1]).addmm_(dy, b.to(dy.dtype), beta=0, alpha=alpha)
 
 
 def backward(
@@ -61,7 +74,7 @@ def backward(
     if x_needs and weight is not None:
         dx = dy @ weight
     if x_needs or a_needs:
-        ds = dy.new_empty(len(dy), len(a)).addmm_(dy, b.to(dy.dtype), beta=0, alpha=alpha)
+        ds = gradient_of_s(dy, b, alpha)
         low = a.to(dy.dtype)
         if keep is not None:
             if x_needs and dx is None:

@@ -6,7 +6,6 @@ and returned in fp32. Nothing here reads a number back from the device, so CUDA 
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -14,7 +13,7 @@ from peftkit.kernels import augmented, philox
 from peftkit.kernels.dys_dyb import dys_dyb
 from peftkit.kernels.expand import expand
 from peftkit.kernels.shrink import add_shrink_dx, shrink, shrink_da
-from peftkit.kernels.torch_way import Needs, wide_mm
+from peftkit.kernels.torch_way import Needs, add_low_rank, gradient_of_s, wide_mm
 
 # Up to this rank the shares of dS that `dys_dyb` writes and reads are less than the second read of dY that it saves.
 SHARED_RANK = 32
@@ -36,14 +35,11 @@ def forward(
     alpha = scale / philox.kept(dropout)
     fused = way == "epilogue"
     s = shrink(x, a, dropout, seed) if fused or dropout else F.linear(x, a.to(x.dtype))
-    if weight is None:
-        assert y is not None
-        return torch.addmm(y, s, b.to(x.dtype).t(), alpha=alpha), s
-    if fused:
+    if fused and weight is not None:
         return expand(x, weight.t(), bias, s, b.t(), alpha), s
-    if way == "augmented":
+    if way == "augmented" and weight is not None:
         return augmented.forward(x, weight, bias, s, b, alpha), s
-    return F.linear(x, weight, bias).addmm_(s, b.to(x.dtype).t(), alpha=alpha), s
+    return add_low_rank(x, y, weight, bias, s, b, alpha), s
 
 
 def backward(
@@ -69,7 +65,7 @@ def backward(
     elif fused and b_needs and s is not None and b.shape[1] <= SHARED_RANK:
         ds, db = dys_dyb(dy, b, s, alpha)
     elif x_needs or a_needs:
-        ds = dy.new_empty(len(dy), len(a)).addmm_(dy, b.to(dy.dtype), beta=0, alpha=alpha)
+        ds = gradient_of_s(dy, b, alpha)
     if b_needs and db is None:
         assert s is not None
         db = wide_mm(s, dy).mul_(alpha).t()

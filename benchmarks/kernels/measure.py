@@ -15,6 +15,7 @@ from torch import Tensor
 
 from benchmarks.kernels.candidates import Bound, Candidate, Operands, candidates, draw_sets
 from benchmarks.kernels.cases import SCALE, Case
+from benchmarks.measure import saved_bytes
 from peftkit.kernels.lora_linear import reference
 
 MAX_ROUNDS = 100
@@ -288,23 +289,6 @@ def _truth(case: Case, operands: Operands, trained: tuple[Tensor, ...]) -> list[
     return [trained[1], y.detach(), *torch.autograd.grad(y, exact, operands.dy.double())]
 
 
-def saved_bytes(bound: Bound) -> int:
-    """What a forward pass leaves for backward: each storage once, without those a model holds anyway."""
-    held = {tensor.untyped_storage().data_ptr() for tensor in bound.kept}
-    storages: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in held:
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = bound.forward()  # alive until the storages are counted, so that no address is used twice
-    del y
-    return sum(storages.values())
-
-
 def _peak_bytes(bound: Bound, device: torch.device) -> int:
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -315,7 +299,7 @@ def _peak_bytes(bound: Bound, device: torch.device) -> int:
 def _examine(row: Row, candidate: Candidate, case: Case, operands: Operands, bound: Bound, truths: Truths) -> None:
     bound.step()
     if not candidate.compiled:
-        row.saved_mib = saved_bytes(bound) / 2**20
+        row.saved_mib = saved_bytes(bound.forward, bound.kept) / 2**20
     if operands.x.is_cuda:
         row.peak_mib = _peak_bytes(bound, operands.x.device) / 2**20
     row.errors = errors(case, operands, bound, truths)
