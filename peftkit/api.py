@@ -10,12 +10,11 @@ from typing import Any
 from torch import nn
 
 from peftkit import also_train, ledger, merging, storage
-from peftkit.hosts import linear_like
 from peftkit.ledger import Attachment, Ledger
-from peftkit.method import Adapter, Config
+from peftkit.method import Adapter, Config, chosen
 from peftkit.report import Report, report
 from peftkit.sites import Site
-from peftkit.targets import TargetError, select
+from peftkit.targets import TargetError
 
 
 def inject(model: nn.Module, config: Config, *, name: str = "default") -> Report:
@@ -33,16 +32,7 @@ def inject(model: nn.Module, config: Config, *, name: str = "default") -> Report
     record, everything = ledger.for_attaching(model, name)
     if not isinstance(config, Config):
         raise TypeError(f"config: one of peftkit's configs, such as LoRAConfig(r=8), not {config!r}")
-    sites = select(
-        model,
-        everything,
-        config.targets,
-        exclude=config.exclude,
-        layers=config.layers,
-        refuses=config.refuses,
-        linear_like=linear_like,
-        default=config.default_targets,
-    )
+    sites = chosen(config, model, everything)
     also = also_train.wanted(config.also_train, everything)
     attachment = _build(name, config, sites, also, everything, trainable=True, new=True)
     record.attach(model, everything, attachment)

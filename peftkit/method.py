@@ -25,8 +25,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from peftkit.hosts import linears_in
 from peftkit.sites import Site
-from peftkit.targets import Targets
+from peftkit.targets import Targets, select
 
 _registry: dict[str, type[Config]] = {}
 
@@ -180,6 +181,10 @@ class Config:
         """Why it cannot be attached at `site`, as the end of a sentence that names the site; None where it can."""
         raise NotImplementedError
 
+    def presets(self, model: nn.Module, sites: Sequence[Site]) -> Callable[[str, Site], bool]:
+        """Which of all `sites` of `model` a preset means, by its name; Linears, unless the method hangs on blocks."""
+        return linears_in(model)
+
     def prepare(self, sites: Sequence[Site]) -> Any:
         """Called once with all sites, before any is built: what they share. Its result goes to every `build`."""
         return None
@@ -192,7 +197,7 @@ class Config:
         """Raise ValueError for settings that make no sense at `site`; a stored adapter is not asked."""
 
     def setup(self, model: nn.Module) -> Callable[[], None] | None:
-        """Whatever must change on the model beside its sites; returns what undoes it."""
+        """Whatever must change on the model beside its sites; returns what undoes it, which pickles with the model."""
         return None
 
     @classmethod
@@ -203,8 +208,26 @@ class Config:
     # -- the file ---------------------------------------------------------------------------------------------------
 
     def to_peft(self, adapters: Mapping[str, Adapter]) -> dict[str, Any]:
-        """Its part of `adapter_config.json`, for the adapters by site name."""
+        """Its part of `adapter_config.json`, for the adapters by module path."""
         raise NotImplementedError(f"{type(self).__name__} cannot be saved yet")
+
+    whole_keys: ClassVar[Sequence[str]] = ()  # full keys of tensors in its files that belong to no single site
+
+    def whole_tensors(self, adapters: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Those tensors, of the adapters by site name; a method whose adapters store nothing has only these."""
+        return {}
+
+    def load_whole(self, found: Mapping[str, Tensor], adapters: Mapping[str, Any]) -> None:
+        """Take them over, in the order of the adapters; called without gradients, before the sites' own tensors.
+
+        Raises:
+            ValueError: one is missing or misshapen.
+        """
+
+    @classmethod
+    def reads(cls, stored: Mapping[str, Any]) -> bool:
+        """Whether an `adapter_config.json` of its `peft_type` is this method's, where several share one."""
+        return True
 
     @classmethod
     def from_peft(cls, stored: Mapping[str, Any], shapes: Mapping[str, Mapping[str, torch.Size]]) -> Config:
@@ -225,14 +248,33 @@ class Config:
         return frozenset(f.name for f in fields(cls))
 
 
-def method_for(peft_type: str) -> type[Config]:
-    """The config class of a stored adapter.
+def chosen(config: Config, model: nn.Module, sites: Sequence[Site]) -> list[Site]:
+    """The sites of `model` that `config` means, of all that `walk` found.
+
+    Raises:
+        TargetError: a pattern that matches nothing, or only what the method refuses.
+    """
+    return select(
+        model,
+        sites,
+        config.targets,
+        exclude=config.exclude,
+        layers=config.layers,
+        refuses=config.refuses,
+        in_preset=config.presets(model, sites),
+        default=config.default_targets,
+    )
+
+
+def method_for(stored: Mapping[str, Any]) -> type[Config]:
+    """The config class of a stored adapter, by its `adapter_config.json`.
 
     Raises:
         ValueError: no registered method has this `peft_type`.
     """
+    peft_type = stored["peft_type"]
     for cls in _registry.values():
-        if cls.peft_type == peft_type:
+        if cls.peft_type == peft_type and cls.reads(stored):
             return cls
     known = sorted(c.peft_type for c in _registry.values())
     close = difflib.get_close_matches(str(peft_type), known, n=1)

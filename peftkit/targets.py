@@ -117,8 +117,8 @@ def heads(model: nn.Module) -> set[int]:
     return found
 
 
-def in_preset(preset: str, site: Site) -> bool:
-    """Whether a Linear-like site that is no head belongs to a preset, by the components of its names."""
+def named_as(preset: str, site: Site) -> bool:
+    """Whether a site belongs to a preset by the components of its names."""
     if preset == "all-linear":
         return True
     parts = [site.name.split(".")] + [a.split(".") for a in site.aliases]
@@ -141,7 +141,7 @@ def select(
     exclude: Targets | None = None,
     layers: Iterable[int] | int | None = None,
     refuses: Callable[[Site], str | None],
-    linear_like: Callable[[Site], bool],
+    in_preset: Callable[[str, Site], bool],
     default: Sequence[str] = ("all-linear",),
 ) -> list[Site]:
     """The sites that `targets` names and the method accepts, in the model's order.
@@ -150,7 +150,7 @@ def select(
         sites: what `walk` found in `model`.
         targets, exclude, layers: as in a config; `targets` None stands for the presets in `default`.
         refuses: why the method cannot be attached to a site; None where it can.
-        linear_like: whether a site computes as a Linear does; presets choose among these.
+        in_preset: whether a preset means a site.
 
     Raises:
         TargetError: a pattern matches nothing, or only what the method refuses; a layer that does not exist.
@@ -159,7 +159,6 @@ def select(
     patterns = Patterns([t for t in written if not callable(t) and t not in PRESETS])
     presets = [t for t in written if isinstance(t, str) and t in PRESETS] if targets is not None else list(default)
     predicates = [t for t in written if callable(t)]
-    head_ids = heads(model) if presets else set()
     wanted_layers = _wanted_layers(layers, sites)
     skip, skipped = _excluder(exclude, sites)
 
@@ -170,8 +169,7 @@ def select(
         hits: list[object] = []
         for name in site.names:
             hits += patterns.matching(name)
-        if presets and linear_like(site) and id(site.module) not in head_ids:
-            hits += [p for p in presets if in_preset(p, site)]
+        hits += [p for p in presets if in_preset(p, site)]
         hits += [p for p in predicates if p(site.name, site.module)]
         if not hits:
             continue
@@ -196,9 +194,10 @@ def select(
                 raise TargetError(f"targets: {_show(t)} matches {where!r}, but {why}{near(t)}")
             raise TargetError(f"targets: {_show(t)} matches no module that the method can adapt{near(t)}")
     if targets is None and not used:
+        linears = ", or take every Linear with targets='all-linear'"
         raise TargetError(
-            f"no {' or '.join(default)} was recognised in {type(model).__name__}; name the modules with targets=, "
-            f"or take every Linear with targets='all-linear'{near('')}"
+            f"{' or '.join(default)}, the default, matches no module of {type(model).__name__}; name the modules with "
+            f"targets={linears if any(in_preset('all-linear', s) for s in sites) else ''}{near('')}"
         )
     if skipped is not None:
         for t in skipped():

@@ -7,6 +7,8 @@ or any matrix, to the weight where it lies. One class for each kind of operation
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import nn
 
 from peftkit.holder import original_class
@@ -15,6 +17,7 @@ from peftkit.hosts.convolution import ConvHost
 from peftkit.hosts.embedding import EmbeddingHost
 from peftkit.hosts.linear import LinearHost
 from peftkit.sites import Site
+from peftkit.targets import heads, named_as
 
 __all__ = [
     "ConvHost",
@@ -24,7 +27,7 @@ __all__ = [
     "ModuleRef",
     "host_class",
     "host_of",
-    "linear_like",
+    "linears_in",
     "why_no_host",
 ]
 
@@ -68,6 +71,11 @@ def host_of(site: Site) -> Host:
     return cls(site)
 
 
-def linear_like(site: Site) -> bool:
-    """Whether the presets count the site among the Linears."""
-    return host_class(site) is LinearHost
+def linears_in(model: nn.Module) -> Callable[[str, Site], bool]:
+    """Whether a preset means a site of `model`: presets choose among what computes as a Linear, but for output heads."""
+    head_ids = heads(model)
+
+    def in_preset(preset: str, site: Site) -> bool:
+        return host_class(site) is LinearHost and id(site.module) not in head_ids and named_as(preset, site)
+
+    return in_preset

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from peftkit.also_train import TokenRows, WholeModule, named_tensor
 from peftkit.ledger import Attachment
+from peftkit.method import chosen
 from peftkit.peft_patterns import renamed
 from peftkit.sites import Site
 from peftkit.storage import layout
 from peftkit.storage.errors import StorageError
 from peftkit.storage.fingerprint import differing
 from peftkit.storage.reader import FROZEN, Stored
-from peftkit.targets import nearest
+from peftkit.targets import TargetError, nearest
 
 
 def match(
@@ -31,7 +32,7 @@ def match(
     for s in everything:  # the same module under another name
         for alias in s.aliases if s.part is None and s.reader is None else ():
             by_stem.setdefault(f"{layout.PREFIX}{alias}.", s)
-    found: dict[int, Site] = {}
+    found = {id(s): s for s in _without_tensors(stored, everything)}
     for stem, tensors in stored.sites.items():
         site = by_stem.get(stem)
         if site is None:
@@ -50,6 +51,22 @@ def match(
     _take_names(stored, by_stem)
     also = _also(stored, everything)
     return [s for s in everything if id(s) in found], also
+
+
+def _without_tensors(stored: Stored, everything: Sequence[Site]) -> list[Site]:
+    """The sites of an adapter that has tensors for all of them together."""
+    if stored.sites or not stored.of_all:
+        return []
+    if stored.names is None:
+        try:
+            return chosen(stored.config, everything[0].module, everything)
+        except TargetError as error:
+            raise StorageError(f"{stored.path}: {error}") from error
+    by_name = {n: s for s in everything if stored.config.refuses(s) is None for n in s.names}
+    for name in stored.names:
+        if name not in by_name:
+            raise StorageError(f"{stored.file}: the model has no module {name!r} to adapt{nearest(name, by_name)}")
+    return [by_name[name] for name in stored.names]
 
 
 def _check_complete(stored: Stored, found: Sequence[Site], by_stem: Mapping[str, Site]) -> None:
@@ -129,6 +146,12 @@ def fill(stored: Stored, attachment: Attachment) -> None:
         StorageError: a tensor that is missing, misshapen, of another kind of dtype, or left over.
     """
     left = set(stored.tensors)
+    if attachment.config.whole_keys:
+        own = {n: a for n, a in attachment.adapters.items() if not isinstance(a, WholeModule | TokenRows)}
+        try:
+            attachment.config.load_whole({key: t.clone() for key, t in stored.of_all.items()}, own)
+        except ValueError as error:
+            raise StorageError(f"{stored.file}: {error}") from error
     _untie(stored, attachment)
     for name, adapter in attachment.adapters.items():
         site = attachment.sites[name]

@@ -38,6 +38,8 @@ class Stored:
         frozen: stem -> a base weight that peft wrote beside an adapted embedding.
         base: the fingerprint of its base; None in files of others.
         means: whether the file's lists mean the module at a path.
+        of_all: tensors that belong to no single site, by their full key.
+        names: where there are no others, the full names of the sites, if the file says.
     """
 
     path: Path
@@ -49,6 +51,8 @@ class Stored:
     frozen: dict[str, Tensor]
     base: dict[str, Any] | None
     means: Any
+    of_all: dict[str, Tensor]
+    names: list[str] | None
 
     @property
     def file(self) -> Path:
@@ -122,9 +126,11 @@ def _check_values(folder: Path, found: TensorFile) -> None:
 
 
 def _understood(folder: Path, peft: dict[str, Any], found: TensorFile, own: dict[str, Any] | None) -> Stored:
-    method = method_for(peft["peft_type"])
+    method = method_for(peft)
     method.check_peft(peft)
-    tensors, sites, rest = _grouped(folder / layout.TENSORS, found.tensors, method)
+    whole_tensors = {key: t for key, t in found.tensors.items() if key in method.whole_keys}
+    others = {key: t for key, t in found.tensors.items() if key not in whole_tensors}
+    tensors, sites, rest = _grouped(folder / layout.TENSORS, others, method)
     listed = peft.get("modules_to_save") or []
     if not isinstance(listed, list) or not all(isinstance(m, str) for m in listed):
         raise TypeError(f"modules_to_save is {listed!r}, expected a list of module names")
@@ -140,7 +146,9 @@ def _understood(folder: Path, peft: dict[str, Any], found: TensorFile, own: dict
     else:
         config = configs.from_json(method, own["config"])
     base = own["base"] if own is not None else None
-    return Stored(folder, config, tensors, sites, listed, rows, frozen, base, layout.peft_targets(peft))
+    names = own.get("sites") if own is not None else None
+    means = layout.peft_targets(peft)
+    return Stored(folder, config, tensors, sites, listed, rows, frozen, base, means, whole_tensors, names)
 
 
 def _grouped(

@@ -29,8 +29,8 @@ def save(model: nn.Module, attachment: Attachment, path: str | os.PathLike[str])
     """
     everything = walk(model)
     _check_in_place(attachment, everything)
-    tensors = _tensors(attachment)
     adapted = _adapted(attachment)
+    tensors = _tensors(attachment, adapted)
     peft = _config(model, attachment, adapted, everything)
     own = {
         "version": 1,
@@ -38,6 +38,8 @@ def save(model: nn.Module, attachment: Attachment, path: str | os.PathLike[str])
         "peft": meaning(peft),
         "base": fingerprint(adapted),
     }
+    if attachment.config.whole_keys:
+        own["sites"] = list(adapted)
     metadata = {"format": "pt", "peftkit": json.dumps(own, sort_keys=True, separators=(",", ":"))}
     with replacing(Path(path)) as fresh:
         tensorfile.write(fresh / layout.TENSORS, tensors, metadata)
@@ -65,15 +67,21 @@ def _check_in_place(attachment: Attachment, everything: list[Site]) -> None:
 
 
 @torch.no_grad()
-def _tensors(attachment: Attachment) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
+def _tensors(attachment: Attachment, adapted: dict[str, Site]) -> dict[str, Tensor]:
+    tensors = attachment.config.whole_tensors({name: attachment.adapters[name] for name in adapted})
+    for key, value in tensors.items():
+        _check_there(key, value)
     for name, adapter in attachment.adapters.items():
         stem = layout.stem(attachment.sites[name])
         for key, value in adapter.tensors().items():
-            if value.is_meta:
-                raise StorageError(f"{stem}{key} is on the meta device and has no values; reset(model) or load first")
+            _check_there(stem + key, value)
             tensors[stem + key] = value
     return tensors
+
+
+def _check_there(key: str, value: Tensor) -> None:
+    if value.is_meta:
+        raise StorageError(f"{key} is on the meta device and has no values; reset(model) or load first")
 
 
 def _config(
@@ -99,6 +107,8 @@ def _config(
         "task_type": None,
         **attachment.config.to_peft(by_path),
     }
+    if not any(attachment.adapters[name].stored_shapes() for name in adapted):
+        del config["target_modules"]  # peft's configs of methods without tensors of single modules know no such key
     if rows:
         config["trainable_token_indices"] = rows
     return config
