@@ -8,7 +8,7 @@ import pytest
 from benchmarks.page import PAGE, page
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def test_the_page_of_figures_is_made_from_the_result_files():

@@ -6,6 +6,7 @@ import random
 from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import islice
+from typing import Any
 
 import torch
 from rich.progress import (
@@ -59,19 +60,26 @@ def in_random_order(task: Task, reviews: Sequence[Review], size: int, seed: int)
 
 
 def fine_tune(
-    model: nn.Module, task: Task, recipe: Recipe, reviews: Sequence[Review], progress: Progress, *, seed: int
+    model: nn.Module,
+    task: Task,
+    recipe: Recipe,
+    reviews: Sequence[Review],
+    progress: Progress,
+    *,
+    seed: int,
+    groups: Sequence[dict[str, Any]] = (),
 ) -> None:
-    """Train what peftkit attached, for `recipe.steps` steps."""
-    optimizer = torch.optim.AdamW(peftkit.parameters(model), lr=recipe.lr, weight_decay=0.0)
+    """Train what peftkit attached, for `recipe.steps` steps; `groups` are the optimizer's, where not all learn alike."""
+    optimizer = torch.optim.AdamW(list(groups) or peftkit.parameters(model), lr=recipe.lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer,
-        recipe.lr,
+        [group["lr"] for group in optimizer.param_groups],
         total_steps=recipe.steps,
         pct_start=0.1,
         anneal_strategy="linear",
         cycle_momentum=False,
     )
-    bar = progress.add_task("fine-tuning with LoRA", total=recipe.steps, note="")
+    bar = progress.add_task("fine-tuning", total=recipe.steps, note="")
     recent: deque[float] = deque(maxlen=16)
     model.train()
     for batch in islice(in_random_order(task, reviews, recipe.batch, seed), recipe.steps):
