@@ -18,6 +18,7 @@ from peftkit.api import (
     using,
 )
 from peftkit.method import Adapter, Config, NotMergeable
+from peftkit.methods.dora import DoRAConfig
 from peftkit.methods.lora import LoRAConfig
 from peftkit.report import Report
 from peftkit.storage import StorageError
@@ -28,6 +29,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Adapter",
     "Config",
+    "DoRAConfig",
     "LoRAConfig",
     "NotMergeable",
     "Report",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -29,6 +30,9 @@ def merge(model: nn.Module, ledger: Ledger, attachments: Sequence[Attachment], *
     _check(model, jobs)
     if not keep:
         ledger.check_classes()
+    # for good, a copy is needed meanwhile where a change is relative to a weight that others have changed by then
+    relative = {(id(made), name) for _, made, _, adapter in jobs for name in adapter.merges if adapter.reads_base}
+    relative &= _several(jobs)
     done: list[Graft] = []
     try:
         for site, made, key, adapter in jobs:
@@ -36,7 +40,8 @@ def merge(model: nn.Module, ledger: Ledger, attachments: Sequence[Attachment], *
             for name in adapter.merges:
                 target = _tensor(site.module, name)
                 if name not in made.kept:
-                    made.kept[name] = target.detach().clone() if keep else target
+                    copied = keep or (id(made), name) in relative
+                    made.kept[name] = target.detach().clone() if copied else target
                 adapter.merge_(name, target, made.kept[name])
             made.merged[key] = versions(adapter)
     except BaseException:
@@ -73,6 +78,12 @@ def _jobs(attachments: Sequence[Attachment]) -> Iterator[Job]:
             made = graft_of(site.module)
             assert made is not None
             yield site, made, attachment.key(site), adapter
+
+
+def _several(jobs: Sequence[Job]) -> set[tuple[int, str]]:
+    """The weights that several of the jobs change."""
+    counts = Counter((id(made), name) for _, made, _, adapter in jobs for name in adapter.merges)
+    return {weight for weight, count in counts.items() if count > 1}
 
 
 def _restore(jobs: Sequence[Job], done: Sequence[Graft]) -> None:

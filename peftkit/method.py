@@ -43,11 +43,13 @@ class Adapter(nn.Module):
         tensor_names: attribute of each tensor to store -> its key in the file behind the site's name.
         fast: attributes LoRA+ trains with the higher learning rate.
         replaces: it takes the host's place rather than adding to it, so that only one may act at a time.
+        reads_base: its change of a weight depends on the weight as it is without any adapter.
     """
 
     tensor_names: Mapping[str, str] = {}
     fast: ClassVar[tuple[str, ...]] = ()
     replaces: ClassVar[bool] = False
+    reads_base: ClassVar[bool] = False
 
     def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """What the host computes with this adapter; `base(*args, **kwargs)` is what it computes without.
@@ -242,6 +244,11 @@ class Config:
     def tensor_endings(cls) -> Sequence[str]:
         """How the keys of its tensors end, behind the site's name."""
         raise NotImplementedError(f"{cls.__name__} cannot be loaded yet")
+
+    @classmethod
+    def today(cls, key: str) -> str:
+        """What a key in its files is called today, where it had another name before."""
+        return key
 
     @classmethod
     def keys(cls) -> frozenset[str]:

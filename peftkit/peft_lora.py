@@ -15,7 +15,6 @@ from peftkit.peft_patterns import PeftPatterns, compact, pattern_keys
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
     "lora_bias": (False,),
-    "use_dora": (False,),
     "use_qalora": (False,),
     "use_bdlora": (None, False),
     "layer_replication": (None,),
@@ -28,7 +27,8 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "velora_config": (None,),
 }
 # initial values that leave the base as it is, and those whose change of it can be computed again
-_INITS = ("gaussian", "eva", "orthogonal", *leading.INITS)
+FROM_BASE = leading.INITS
+_INITS = ("gaussian", "eva", "orthogonal", *FROM_BASE)
 
 
 def settings(pairs: Mapping[str, tuple[int, float]], **others: Any) -> dict[str, Any]:

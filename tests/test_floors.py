@@ -23,6 +23,7 @@ FLOORS = {
     "peftkit.leading": 1,
     "peftkit.row_blocks": 1,
     "peftkit.pairs": 1,
+    "peftkit.kept_norms": 1,
     "peftkit.peft_patterns": 1,
     "peftkit.peft_lora": 1,
     "peftkit.also_train": 2,

@@ -52,6 +52,7 @@ class Host(abc.ABC):
         read: the weight is read by an `nn.MultiheadAttention`; the module, if it is one at all, is never called.
         rows, cols: the weight as a matrix, `(rows, cols)` per group.
         groups: 1, or a convolution's.
+        feature_axis: of the output, from the end: where the rows of the weight are.
         intact: the module computes by its class's own, known forward with a plain dense weight, so that a method may
             compute the product itself; else it must call what is underneath and add to that.
     """
@@ -59,6 +60,7 @@ class Host(abc.ABC):
     rows: int
     cols: int
     groups: int = 1
+    feature_axis: int = -1  # of what the module computes
 
     def __init__(self, site: Site):
         self._module = ModuleRef(site.module)
@@ -98,6 +100,11 @@ class Host(abc.ABC):
             if device is not None:
                 return torch.device(device)
         return self.weight.device
+
+    @property
+    def offloaded(self) -> bool:
+        """Whether accelerate holds the weight elsewhere between forwards."""
+        return self.weight.is_meta and getattr(self.module, "_hf_hook", None) is not None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -142,6 +149,10 @@ class Host(abc.ABC):
         """A and B as matrices `(r, cols)` and `(rows, r)`, one pair for each group."""
         return [(a, b)]
 
+    def as_matrices(self, weight: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """W: (rows cols), A: (r cols) and B: (rows r); with groups in front where there are several."""
+        return self.matrices(weight)[0], a, b
+
     def why_not_hold(self, a: Tensor) -> str | None:
         """Why no weight of the host's shape equals a pair with this A; None where one does."""
         return None
@@ -177,6 +188,26 @@ class Host(abc.ABC):
                 wide = scratch[: len(part)].copy_(part)
                 part.copy_(wide.addmm_(b_part, am, alpha=scale))
 
+    @torch.no_grad()
+    def rescale_(self, weight: Tensor, base: Tensor, a: Tensor, b: Tensor, scale: float, gain: Tensor) -> None:
+        """`weight += (gain − 1) ∘ base + gain ∘ scale · BA` in place, rounded once; scratch as for `add_pair_`.
+
+        gain: one number a row of all groups together. `base` may be `weight` itself.
+        """
+        gains, dtype = gain.view(self.groups, -1, 1), torch.promote_types(weight.dtype, gain.dtype)
+        matrices = zip(self.matrices(weight), self.matrices(base), self.pair_matrices(a, b), gains, strict=True)
+        for w, w0, (am, bm), g in matrices:
+            left, right, by = bm.to(dtype) * (g * scale), am.to(dtype), (g - 1).to(dtype)
+            if w.stride(0) < w.stride(1):  # a transposed view: row by row as it lies in memory
+                w, w0, left, right, by = w.t(), w0.t(), right.t(), left.t(), by.t()
+            rows = max(1, _CHUNK_BYTES // (dtype.itemsize * max(1, w.shape[1])))
+            scratch = torch.empty(min(rows, w.shape[0]), w.shape[1], device=w.device, dtype=dtype)
+            for start in range(0, w.shape[0], rows):
+                at = slice(start, start + rows)
+                part = w[at]
+                wide = torch.mul(w0[at], by if len(by) == 1 else by[at], out=scratch[: len(part)])
+                part.copy_(wide.addmm_(left[at], right).add_(part))
+
     # -- what the module should compute -----------------------------------------------------------------------------
 
     @abc.abstractmethod
@@ -192,8 +223,7 @@ class Host(abc.ABC):
         if (reason := self.why_not_dense()) is not None:
             return reason
         if self.weight.is_meta:
-            offloaded = getattr(self.module, "_hf_hook", None) is not None
-            return "accelerate has offloaded its weight" if offloaded else "its weight is on the meta device"
+            return "accelerate has offloaded its weight" if self.offloaded else "its weight is on the meta device"
         if not self.read and not self.known_forward() and not self._computes_as_expected():
             kind = type(self.module).__name__
             return f"the forward of this {kind} does not compute with `weight` and `bias` alone"

@@ -25,6 +25,8 @@ class ConvHost(Host):
         self.groups = self.module.groups
         self.rows = self.module.out_channels // self.groups
         self.cols = self.weight[0].numel()
+        self.feature_axis = -1 - len(self.module.kernel_size)
+        self.intact = self.why_not_dense() is None and self.known_forward()
 
     def pair_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         kernel = self.module.kernel_size
@@ -61,6 +63,21 @@ class ConvHost(Host):
         super().add_pair_(packed, a, b, scale)
         if packed is not weight:
             weight.copy_(packed)
+
+    @torch.no_grad()
+    def rescale_(self, weight: Tensor, base: Tensor, a: Tensor, b: Tensor, scale: float, gain: Tensor) -> None:
+        packed = weight.contiguous()
+        super().rescale_(packed, base.contiguous(), a, b, scale, gain)
+        if packed is not weight:
+            weight.copy_(packed)
+
+    def as_matrices(self, weight: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        lead = (self.groups,) if self.groups > 1 else ()
+        return (
+            weight.reshape(*lead, -1, self.cols),
+            a.reshape(*lead, b.shape[1], self.cols),
+            b.reshape(*lead, self.rows, b.shape[1]),
+        )
 
     def why_not_hold(self, a: Tensor) -> str | None:
         if a.shape[1] == self.module.in_channels // self.groups:

@@ -16,6 +16,7 @@ class EmbeddingHost(Host):
     def __init__(self, site: Site):
         super().__init__(site)
         self.cols, self.rows = self.weight.shape
+        self.intact = self.why_not_dense() is None and self.known_forward()
 
     @property
     def embed_scale(self) -> float | Tensor:
