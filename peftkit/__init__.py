@@ -18,8 +18,13 @@ from peftkit.api import (
     using,
 )
 from peftkit.method import Adapter, Config, NotMergeable
+from peftkit.methods.bitfit import BitFitConfig
 from peftkit.methods.dora import DoRAConfig
+from peftkit.methods.ia3 import IA3Config
+from peftkit.methods.loha import LoHaConfig
+from peftkit.methods.lokr import LoKrConfig
 from peftkit.methods.lora import LoRAConfig
+from peftkit.methods.vera import VeRAConfig
 from peftkit.report import Report
 from peftkit.storage import StorageError
 from peftkit.targets import TargetError
@@ -28,13 +33,18 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Adapter",
+    "BitFitConfig",
     "Config",
     "DoRAConfig",
+    "IA3Config",
+    "LoHaConfig",
+    "LoKrConfig",
     "LoRAConfig",
     "NotMergeable",
     "Report",
     "StorageError",
     "TargetError",
+    "VeRAConfig",
     "activate",
     "active",
     "adapters",

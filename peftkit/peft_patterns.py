@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -43,6 +43,12 @@ def pattern_keys(paths: Iterable[str]) -> dict[str, str]:
         return plain and not any(other < own for other in dots[len(path)])
 
     return {path: path if alone(path) else "^" + re.escape(path) for path in paths}
+
+
+def most_common(values: Mapping[str, Any], keys: Mapping[str, str]) -> tuple[Any, dict[str, Any]]:
+    """The value that most paths have, and those of the others by their keys."""
+    usual = Counter(values.values()).most_common(1)[0][0]
+    return usual, {keys[path]: own for path, own in values.items() if own != usual}
 
 
 def compact(values: Mapping[str, Any]) -> Any:

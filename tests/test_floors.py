@@ -26,6 +26,8 @@ FLOORS = {
     "peftkit.kept_norms": 1,
     "peftkit.peft_patterns": 1,
     "peftkit.peft_lora": 1,
+    "peftkit.weight_change": 1,
+    "peftkit.lycoris": 1,
     "peftkit.also_train": 2,
     "peftkit.methods": 2,
     "peftkit.schedules": 2,
