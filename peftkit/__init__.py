@@ -19,6 +19,8 @@ from peftkit.api import (
 )
 from peftkit.method import Adapter, Config, NotMergeable
 from peftkit.methods.lora import LoRAConfig
+from peftkit.methods.parallel import ParallelAdapterConfig
+from peftkit.methods.series import SeriesAdapterConfig
 from peftkit.report import Report
 from peftkit.storage import StorageError
 from peftkit.targets import TargetError
@@ -30,7 +32,9 @@ __all__ = [
     "Config",
     "LoRAConfig",
     "NotMergeable",
+    "ParallelAdapterConfig",
     "Report",
+    "SeriesAdapterConfig",
     "StorageError",
     "TargetError",
     "activate",
