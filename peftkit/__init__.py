@@ -24,6 +24,8 @@ from peftkit.methods.ia3 import IA3Config
 from peftkit.methods.loha import LoHaConfig
 from peftkit.methods.lokr import LoKrConfig
 from peftkit.methods.lora import LoRAConfig
+from peftkit.methods.parallel import ParallelAdapterConfig
+from peftkit.methods.series import SeriesAdapterConfig
 from peftkit.methods.vera import VeRAConfig
 from peftkit.report import Report
 from peftkit.storage import StorageError
@@ -41,7 +43,9 @@ __all__ = [
     "LoKrConfig",
     "LoRAConfig",
     "NotMergeable",
+    "ParallelAdapterConfig",
     "Report",
+    "SeriesAdapterConfig",
     "StorageError",
     "TargetError",
     "VeRAConfig",

@@ -44,11 +44,22 @@ def _forward_for(base: type[nn.Module]) -> Callable[..., Any]:
         acting = graft.acting(names)
         if len(acting) > 1 and not reads_weights and all(a.can_fuse and type(a) is type(acting[0]) for a in acting):
             return acting[0].fused_together(acting, self, *args, **kwargs)
-        for adapter in acting:
-            call = functools.partial(adapter.forward, call)
-        return call(*args, **kwargs)
+        return _nested(call, acting)(*args, **kwargs)
 
     return forward
+
+
+def _nested(call: Callable[..., Any], acting: list[Any]) -> Callable[..., Any]:
+    """`call` with the acting adapters around it, those that gather by class outermost."""
+    gathering: dict[type, list[Any]] = {}
+    for adapter in acting:
+        if adapter.gathers:
+            gathering.setdefault(type(adapter), []).append(adapter)
+        else:
+            call = functools.partial(adapter.forward, call)
+    for cls, adapters in gathering.items():
+        call = functools.partial(cls.gathered, adapters, call)  # type: ignore[attr-defined]
+    return call
 
 
 def _around(module: nn.Module, replacement: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -61,9 +72,7 @@ def _around(module: nn.Module, replacement: Callable[..., Any], *args: Any, **kw
     if graft is None or now is None or now.args[1] is not replacement:  # replaced in its turn
         return replacement(*args, **kwargs)
     names = graft.switch.acting()
-    call = replacement
-    for adapter in graft.acting(names):
-        call = functools.partial(adapter.forward, call)
+    call = _nested(replacement, graft.acting(names))
     if torch.compiler.is_compiling() or not isinstance(module, nn.MultiheadAttention):
         return call(*args, **kwargs)
     before = reads.count

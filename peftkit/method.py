@@ -44,12 +44,15 @@ class Adapter(nn.Module):
         fast: attributes LoRA+ trains with the higher learning rate.
         replaces: it takes the host's place rather than adding to it, so that only one may act at a time.
         reads_base: its change of a weight depends on the weight as it is without any adapter.
+        gathers: nested, one would see what another has changed; so those of this class on a host are called together,
+            by `gathered`, and around all that nest.
     """
 
     tensor_names: Mapping[str, str] = {}
     fast: ClassVar[tuple[str, ...]] = ()
     replaces: ClassVar[bool] = False
     reads_base: ClassVar[bool] = False
+    gathers: ClassVar[bool] = False
 
     def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """What the host computes with this adapter; `base(*args, **kwargs)` is what it computes without.
@@ -72,6 +75,11 @@ class Adapter(nn.Module):
         return call(*args, **kwargs)
 
     can_fuse: bool = False
+
+    @classmethod
+    def gathered(cls, adapters: Sequence[Any], base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """`forward` of one or several adapters of this class at once, where the class `gathers`."""
+        raise NotImplementedError
 
     def reset_parameters(self) -> None:
         """Draw the initial values anew; identity where the method promises it."""

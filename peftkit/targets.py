@@ -117,6 +117,13 @@ def heads(model: nn.Module) -> set[int]:
     return found
 
 
+def sub_layer_named(component: str) -> str | None:
+    """The kind of sub-layer, "attention" or "mlp", that one component of a name speaks of; None for neither."""
+    if _ATTENTION.fullmatch(component):
+        return "attention"
+    return "mlp" if _MLP.fullmatch(component) else None
+
+
 def named_as(preset: str, site: Site) -> bool:
     """Whether a site belongs to a preset by the components of its names."""
     if preset == "all-linear":

@@ -27,6 +27,7 @@ __all__ = [
     "ModuleRef",
     "host_class",
     "host_of",
+    "is_hf_conv1d",
     "linears_in",
     "why_no_host",
 ]
