@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -44,11 +44,19 @@ def _forward_for(base: type[nn.Module]) -> Callable[..., Any]:
         acting = graft.acting(names)
         if len(acting) > 1 and not reads_weights and all(a.can_fuse and type(a) is type(acting[0]) for a in acting):
             return acting[0].fused_together(acting, self, *args, **kwargs)
-        for adapter in acting:
-            call = functools.partial(adapter.forward, call)
-        return call(*args, **kwargs)
+        return _nested(acting, call)(*args, **kwargs)
 
     return forward
+
+
+def _nested(adapters: Sequence[Any], call: Callable[..., Any]) -> Callable[..., Any]:
+    """`call` with the adapters around it, the first of them innermost."""
+    start = 0
+    for stop, adapter in enumerate(adapters, 1):
+        if stop == len(adapters) or type(adapters[stop]) is not type(adapter):
+            call = adapter.nested(adapters[start:stop], call)
+            start = stop
+    return call
 
 
 def _around(module: nn.Module, replacement: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -61,9 +69,7 @@ def _around(module: nn.Module, replacement: Callable[..., Any], *args: Any, **kw
     if graft is None or now is None or now.args[1] is not replacement:  # replaced in its turn
         return replacement(*args, **kwargs)
     names = graft.switch.acting()
-    call = replacement
-    for adapter in graft.acting(names):
-        call = functools.partial(adapter.forward, call)
+    call = _nested(graft.acting(names), replacement)
     if torch.compiler.is_compiling() or not isinstance(module, nn.MultiheadAttention):
         return call(*args, **kwargs)
     before = reads.count

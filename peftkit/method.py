@@ -53,9 +53,16 @@ class Adapter(nn.Module):
         """What the host computes with this adapter; `base(*args, **kwargs)` is what it computes without.
 
         `base` is to be called once, with arguments of the host's own signature. Several active adapters nest in the
-        order of activation, so an adapter that adds to `base(...)` adds to the others.
+        order of attaching, so an adapter that adds to `base(...)` adds to the others.
         """
         raise NotImplementedError
+
+    @classmethod
+    def nested(cls, adapters: Sequence[Any], base: Callable[..., Any]) -> Callable[..., Any]:
+        """`base` with several adapters of this class around it, none of another in between."""
+        for adapter in adapters:
+            base = functools.partial(adapter.forward, base)
+        return base
 
     def fused(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The same with base and adapter in one computation; called where `can_fuse` and nothing lies in between."""
@@ -210,6 +217,10 @@ class Config:
     def to_peft(self, adapters: Mapping[str, Adapter]) -> dict[str, Any]:
         """Its part of `adapter_config.json`, for the adapters by module path."""
         raise NotImplementedError(f"{type(self).__name__} cannot be saved yet")
+
+    def peft_task(self, model: nn.Module) -> str | None:
+        """peft's `task_type`, where its wrapper for a task is what computes the method; see `peftkit.peft_tasks`."""
+        return None
 
     whole_keys: ClassVar[Sequence[str]] = ()  # full keys of tensors in its files that belong to no single site
 
