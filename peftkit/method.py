@@ -222,6 +222,7 @@ class Config:
         """peft's `task_type`, where its wrapper for a task is what computes the method; see `peftkit.peft_tasks`."""
         return None
 
+    key_prefix: ClassVar[str] = "base_model.model."  # of the keys of sites; what peft computes outside wraps once less
     whole_keys: ClassVar[Sequence[str]] = ()  # full keys of tensors in its files that belong to no single site
 
     def whole_tensors(self, adapters: Mapping[str, Any]) -> dict[str, Tensor]:

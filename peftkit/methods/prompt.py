@@ -60,6 +60,7 @@ class PromptTuningConfig(Config, method="prompt", peft_type="PROMPT_TUNING"):
     dtype: torch.dtype | None = None
 
     default_targets: ClassVar[Sequence[str]] = ("the body",)
+    key_prefix: ClassVar[str] = "base_model."
     whole_keys: ClassVar[Sequence[str]] = (_KEY,)
 
     def __post_init__(self) -> None:
@@ -161,7 +162,7 @@ class PromptTuningConfig(Config, method="prompt", peft_type="PROMPT_TUNING"):
         adapter.take("prompt", rows)
 
     def peft_task(self, model: nn.Module) -> str | None:
-        return task_of(model)
+        return task_of(model, self.also_train)
 
     def to_peft(self, adapters: Mapping[str, Adapter]) -> dict[str, Any]:
         return {

@@ -75,7 +75,7 @@ def _tensors(attachment: Attachment, adapted: dict[str, Site]) -> dict[str, Tens
         stem = layout.stem(attachment.sites[name])
         for key, value in adapter.tensors().items():
             _check_there(stem + key, value)
-            tensors[stem + key] = value
+            tensors[layout.in_file(stem + key, attachment.config.key_prefix)] = value
     return tensors
 
 
