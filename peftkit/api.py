@@ -115,7 +115,7 @@ def active(model: nn.Module) -> tuple[str, ...]:
 
 
 def activate(model: nn.Module, *names: str) -> None:
-    """These act from now on, summed; without a name, none does. Only what acts is trained.
+    """These act from now on, summed; without a name, none does. Only what acts is trained. Their order does not count.
 
     Raises:
         KeyError: no such adapter. ValueError: a merged adapter would stop to act, or two would replace one module.
@@ -153,8 +153,9 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 
 def _checked(record: Ledger, names: tuple[str, ...]) -> tuple[str, ...]:
-    names = tuple(dict.fromkeys(names))
-    attachments = record.named(names)
+    chosen = record.named(names)
+    attachments = [a for a in record.attachments.values() if a in chosen] if len(chosen) > 1 else chosen
+    names = tuple(a.name for a in attachments)  # in the order of attaching, whatever the order they are named in
     missing = [n for n in record.merged if n not in names]
     if missing:
         raise ValueError(f"{', '.join(map(repr, missing))} is merged and cannot stop to act; unmerge(model) first")

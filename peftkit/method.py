@@ -58,7 +58,7 @@ class Adapter(nn.Module):
         """What the host computes with this adapter; `base(*args, **kwargs)` is what it computes without.
 
         `base` is to be called once, with arguments of the host's own signature. Several active adapters nest in the
-        order of activation, so an adapter that adds to `base(...)` adds to the others.
+        order of attaching, so an adapter that adds to `base(...)` adds to the others.
         """
         raise NotImplementedError
 
@@ -221,6 +221,11 @@ class Config:
         """Its part of `adapter_config.json`, for the adapters by module path."""
         raise NotImplementedError(f"{type(self).__name__} cannot be saved yet")
 
+    def peft_task(self, model: nn.Module) -> str | None:
+        """peft's `task_type`, where its wrapper for a task is what computes the method; see `peftkit.peft_tasks`."""
+        return None
+
+    key_prefix: ClassVar[str] = "base_model.model."  # of the keys of sites; what peft computes outside wraps once less
     whole_keys: ClassVar[Sequence[str]] = ()  # full keys of tensors in its files that belong to no single site
 
     def whole_tensors(self, adapters: Mapping[str, Any]) -> dict[str, Tensor]:

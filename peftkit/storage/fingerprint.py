@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkit.holder import graft_of
-from peftkit.sites import Site
+from peftkit.sites import Site, walk
 
 SAMPLES = 4
 
@@ -79,6 +79,10 @@ def _gathered(picked: Sequence[Tensor]) -> np.ndarray[Any, Any]:
 
 
 def _base_weight(site: Site) -> Tensor | None:
+    """The site's weight; of one that is a block of modules, the first weight in it."""
+    if site.part is None and site.weight_name not in site.module._parameters:
+        inside = next((s for s in walk(site.module)[1:] if "weight" in s.module._parameters), None)
+        return _base_weight(inside) if inside is not None else None
     graft = graft_of(site.module)
     weight = graft.kept.get(site.weight_name) if graft is not None and graft.kept else None
     if weight is None:

@@ -28,6 +28,16 @@ def stem(site: Site) -> str:
     return f"{PREFIX}{name}." if name else PREFIX
 
 
+def in_file(key: str, prefix: str) -> str:
+    """The key of a site's tensor as it is written where keys begin with `prefix`."""
+    return prefix + key[len(PREFIX) :] if key.startswith(PREFIX) else key
+
+
+def from_file(key: str, prefix: str) -> str:
+    """The inverse of `in_file`."""
+    return PREFIX + key[len(prefix) :] if key.startswith(prefix) else key
+
+
 def module_path(site: Site) -> str:
     """The path peft knows the site by: what belongs to a MultiheadAttention is the MultiheadAttention."""
     return site.name if site.part is None and site.reader is None else site.name.rpartition(".")[0]

@@ -130,7 +130,7 @@ def _understood(folder: Path, peft: dict[str, Any], found: TensorFile, own: dict
     method.check_peft(peft)
     known = {method.today(key): t for key, t in found.tensors.items()}
     whole_tensors = {key: t for key, t in known.items() if key in method.whole_keys}
-    others = {key: t for key, t in known.items() if key not in whole_tensors}
+    others = {layout.from_file(key, method.key_prefix): t for key, t in known.items() if key not in whole_tensors}
     tensors, sites, rest = _grouped(folder / layout.TENSORS, others, method)
     listed = peft.get("modules_to_save") or []
     if not isinstance(listed, list) or not all(isinstance(m, str) for m in listed):

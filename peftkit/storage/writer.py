@@ -75,7 +75,7 @@ def _tensors(attachment: Attachment, adapted: dict[str, Site]) -> dict[str, Tens
         stem = layout.stem(attachment.sites[name])
         for key, value in adapter.tensors().items():
             _check_there(stem + key, value)
-            tensors[stem + key] = value
+            tensors[layout.in_file(stem + key, attachment.config.key_prefix)] = value
     return tensors
 
 
@@ -104,7 +104,7 @@ def _config(
         "modules_to_save": whole or None,
         "revision": None,
         "target_modules": layout.target_modules(adapted.values(), everything),
-        "task_type": None,
+        "task_type": attachment.config.peft_task(model),
         **attachment.config.to_peft(by_path),
     }
     if not any(attachment.adapters[name].stored_shapes() for name in adapted):
