@@ -59,7 +59,7 @@ class PairConfig(Config):
         for name in ("r", "alpha"):
             if isinstance(value := getattr(self, name), Mapping):
                 object.__setattr__(self, name, dict(value))
-        _check_settings(self.r, self.alpha, self.dropout)
+        check_settings(self.r, self.alpha, self.dropout)
         if self.init not in self.inits:
             raise ValueError(f"init: one of {', '.join(map(repr, self.inits))}, not {self.init!r}")
         if self.dtype is not None and not self.dtype.is_floating_point:
@@ -252,7 +252,7 @@ class PairAdapter(Adapter):
         return f"r={self.shape.r}, alpha={self.shape.alpha:g}" + (f", dropout={self.dropout}" if self.dropout else "")
 
 
-def _check_settings(r: int | Mapping[str, int], alpha: float | Mapping[str, float] | None, dropout: float) -> None:
+def check_settings(r: int | Mapping[str, int], alpha: float | Mapping[str, float] | None, dropout: float) -> None:
     for rank in r.values() if isinstance(r, Mapping) else [r]:
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
             raise ValueError(f"r: a rank is an integer of at least 1, not {rank!r}")
