@@ -42,7 +42,7 @@ class SubLayer:
 
     Attributes:
         kind: "attention" or "mlp".
-        name: its path; of one without a module of its own, that of the layer it lies in.
+        name: the path of what holds it, itself or more; of a feed-forward without a module of its own, of its layer.
         block: the module from x to y with no residual inside; None where there is none.
         exit: the Linear whose output is the sub-layer's; None where it has none (packed experts).
         joins: the module `(h, x) -> norm(exit(h) + x)`, which x reaches as the residual; None where there is none.
@@ -58,7 +58,8 @@ class SubLayer:
 def find(model: nn.Module) -> list[SubLayer]:
     """All sub-layers of `model` in order, each once; those of its output heads are left out."""
     found: list[SubLayer] = []
-    seen = heads(model)
+    of_heads = heads(model)
+    seen = set(of_heads)
 
     def visit(name: str, module: nn.Module) -> None:
         if id(module) in seen:
@@ -74,8 +75,9 @@ def find(model: nn.Module) -> list[SubLayer]:
         inside = found[before:]
         if not inside and name and (kind := _kind_by_class(module)) is not None:
             found.append(_resolved(kind, name, module))
-        elif any(s.kind == "attention" for s in inside) and not any(s.kind == "mlp" for s in inside):
-            found.extend(_loose(name, module, inside))
+        elif not any(s.kind == "mlp" for s in inside):
+            attention = [s for s in inside if s.kind == "attention" and s.name.rpartition(".")[0] == name]
+            found.extend(_loose(name, module, attention, of_heads) if attention else ())
 
     visit("", model)
     return found
@@ -207,18 +209,18 @@ def _resolved(kind: str, name: str, module: nn.Module) -> SubLayer:
         return SubLayer(kind, name, module, final)
     for key, inner in children(module):  # MPNet's attention, whose `attn` is all but residual and norm
         if _kind_by_name(key, inner) == kind:
-            whole = _resolved(kind, f"{name}.{key}", inner)
+            whole = _resolved(kind, name, inner)
             if whole.block is inner and whole.exit is final:
                 return whole
     return SubLayer(kind, name, None, final, holder if joins_residual(holder) else None)
 
 
-def _loose(name: str, layer: nn.Module, inside: list[SubLayer]) -> Iterator[SubLayer]:
+def _loose(name: str, layer: nn.Module, attention: list[SubLayer], apart: set[int]) -> Iterator[SubLayer]:
     """The feed-forward sub-layer of a layer that has no module for it: two Linears, from d to f and back to d."""
-    attention = {id(m) for s in inside for m in (s.block, s.exit) if m is not None}
+    of_attention = {s.name.rpartition(".")[2] for s in attention}
     linears: list[tuple[str, nn.Module]] = []
     for key, child in children(layer):
-        if not any(id(m) in attention for m in child.modules()):
+        if key not in of_attention and id(child) not in apart:
             inside_it = ((f"{key}.{path}".rstrip("."), m) for path, m in everything_in(child))
             linears += [(path, m) for path, m in inside_it if linear_sizes(m) is not None]
     for i, (path, first) in enumerate(linears):
