@@ -42,7 +42,7 @@ class SubLayer:
 
     Attributes:
         kind: "attention" or "mlp".
-        name: its path; of one without a module of its own, that of the layer it lies in.
+        name: the path of what holds it, itself or more; of a feed-forward without a module of its own, of its layer.
         block: the module from x to y with no residual inside; None where there is none.
         exit: the Linear whose output is the sub-layer's; None where it has none (packed experts).
         joins: the module `(h, x) -> norm(exit(h) + x)`, which x reaches as the residual; None where there is none.
@@ -58,7 +58,8 @@ class SubLayer:
 def find(model: nn.Module) -> list[SubLayer]:
     """All sub-layers of `model` in order, each once; those of its output heads are left out."""
     found: list[SubLayer] = []
-    seen = heads(model)
+    of_heads = heads(model)
+    seen = set(of_heads)
 
     def visit(name: str, module: nn.Module) -> None:
         if id(module) in seen:
@@ -74,8 +75,9 @@ def find(model: nn.Module) -> list[SubLayer]:
         inside = found[before:]
         if not inside and name and (kind := _kind_by_class(module)) is not None:
             found.append(_resolved(kind, name, module))
-        elif any(s.kind == "attention" for s in inside) and not any(s.kind == "mlp" for s in inside):
-            found.extend(_loose(name, module, inside))
+        elif not any(s.kind == "mlp" for s in inside):
+            attention = [s for s in inside if s.kind == "attention" and s.name.rpartition(".")[0] == name]
+            found.extend(_loose(name, module, attention, of_heads) if attention else ())
 
     visit("", model)
     return found
@@ -107,7 +109,7 @@ def why_no_block(module: nn.Module) -> str | None:
     kind = original_class(module).__name__
     if isinstance(module, _LISTS):
         return f"it is a {kind}, which computes nothing itself; name what is in it"
-    if any(isinstance(m, nn.modules.lazy.LazyModuleMixin) and m.has_uninitialized_params() for m in module.modules()):  # type: ignore[arg-type]
+    if any(p is not None and nn.parameter.is_lazy(p) for _, m in everything_in(module) for p in m._parameters.values()):
         return f"this {kind} has no shape yet; run one batch through the model first"
     if _convolves(module):
         return "it is a convolution or holds one, and of images the last dimension is no feature"
@@ -130,11 +132,25 @@ def arguments(module: nn.Module) -> list[inspect.Parameter]:
     return list(inspect.signature(original_class(module).forward).parameters.values())[1:]
 
 
+def everything_in(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The module and all modules in it, each once, by path, adapters left out."""
+    yield "", module
+    yield from _below(module, {id(module)}, "")
+
+
+def _below(module: nn.Module, seen: set[int], prefix: str) -> Iterator[tuple[str, nn.Module]]:
+    for key, child in children(module):
+        if id(child) not in seen:
+            seen.add(id(child))
+            yield prefix + key, child
+            yield from _below(child, seen, f"{prefix}{key}.")
+
+
 # -- which modules ------------------------------------------------------------------------------------------------------
 
 
 def _convolves(module: nn.Module) -> bool:
-    return any(isinstance(m, _CONVOLUTION) for m in module.modules())
+    return any(isinstance(m, _CONVOLUTION) for _, m in everything_in(module))
 
 
 def _computes(module: nn.Module) -> bool:
@@ -166,20 +182,13 @@ def _kind_by_class(module: nn.Module) -> str | None:
 def _holds_others(kind: str, module: nn.Module) -> bool:
     """Whether it is a layer, or a tower of layers, rather than one sub-layer."""
     own: list[str] = []
-    for name, inner in _below(module):
-        found = _kind_by_name(name, inner)
+    for name, inner in everything_in(module):
+        found = _kind_by_name(name, inner) if name else None
         if found is not None and found != kind:
             return True
         if found == "attention" and not any(name.startswith(f"{other}.") for other in own):
             own.append(name)
     return len(own) > 1
-
-
-def _below(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for key, child in children(module):
-        yield key, child
-        for name, inner in _below(child):
-            yield f"{key}.{name}", inner
 
 
 # -- where the output is ------------------------------------------------------------------------------------------------
@@ -200,20 +209,20 @@ def _resolved(kind: str, name: str, module: nn.Module) -> SubLayer:
         return SubLayer(kind, name, module, final)
     for key, inner in children(module):  # MPNet's attention, whose `attn` is all but residual and norm
         if _kind_by_name(key, inner) == kind:
-            whole = _resolved(kind, f"{name}.{key}", inner)
+            whole = _resolved(kind, name, inner)
             if whole.block is inner and whole.exit is final:
                 return whole
     return SubLayer(kind, name, None, final, holder if joins_residual(holder) else None)
 
 
-def _loose(name: str, layer: nn.Module, inside: list[SubLayer]) -> Iterator[SubLayer]:
+def _loose(name: str, layer: nn.Module, attention: list[SubLayer], apart: set[int]) -> Iterator[SubLayer]:
     """The feed-forward sub-layer of a layer that has no module for it: two Linears, from d to f and back to d."""
-    attention = {id(m) for s in inside for m in (s.block, s.exit) if m is not None}
+    of_attention = {s.name.rpartition(".")[2] for s in attention}
     linears: list[tuple[str, nn.Module]] = []
     for key, child in children(layer):
-        if not any(id(m) in attention for m in child.modules()):
-            linears += [(key, child)] if linear_sizes(child) else [(f"{key}.{n}", m) for n, m in _below(child)]
-    linears = [(path, m) for path, m in linears if linear_sizes(m) is not None]
+        if key not in of_attention and id(child) not in apart:
+            inside_it = ((f"{key}.{path}".rstrip("."), m) for path, m in everything_in(child))
+            linears += [(path, m) for path, m in inside_it if linear_sizes(m) is not None]
     for i, (path, first) in enumerate(linears):
         if not any(sub_layer_named(component) == "mlp" for component in path.split(".")):
             continue
@@ -230,13 +239,13 @@ def _loose(name: str, layer: nn.Module, inside: list[SubLayer]) -> Iterator[SubL
 # -- how wide -----------------------------------------------------------------------------------------------------------
 
 
-def _parts(module: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
+def _parts(module: nn.Module, above: tuple[int, ...] = ()) -> Iterator[tuple[nn.Module, nn.Module]]:
     """What is in `module` and has a known size, with what holds it, in the order it runs."""
     for child in in_order(module):
         if _own_sizes(child) is not None:
             yield child, module
-        else:
-            yield from _parts(child)
+        elif id(child) not in above:  # one that holds itself is not entered again
+            yield from _parts(child, (*above, id(module)))
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -274,7 +283,7 @@ def _common_width(module: nn.Module) -> int | None:
 def _matrices(module: nn.Module) -> list[tuple[int, ...]]:
     """The last two sizes of every matrix and every stack of matrices in it, embeddings left out."""
     found: list[tuple[int, ...]] = []
-    for inner in (module, *(m for _, m in _below(module))):
+    for _, inner in everything_in(module):
         linear = linear_sizes(inner)
         if linear is not None:  # packed weights have shapes of another kind
             found.append(linear)

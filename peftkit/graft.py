@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from peftkit.holder import CHILD, Graft, Grafted, Switch, graft_of, original_class
-from peftkit.reading import READING, read, reads, stand_in, without_graft
+from peftkit.reading import READING, all_readable, read, reads, stand_in, without_graft
 
 # -- the class ----------------------------------------------------------------------------------------------------------
 
@@ -127,9 +127,10 @@ def _graft_class(base: type[nn.Module]) -> type[nn.Module]:
         "forward": forward,
     }
     if issubclass(base, nn.TransformerEncoder):
-        # its layers' stand-in weights carry gradients, which nested tensors do not
+        # its layers' stand-in weights carry gradients, which nested tensors do not, and what must be called has no use
+        # for a tensor without sizes
         body["use_nested_tensor"] = property(
-            lambda self: self.__dict__["use_nested_tensor"] and not torch.is_grad_enabled(),
+            lambda self: self.__dict__["use_nested_tensor"] and not torch.is_grad_enabled() and all_readable(self),
             lambda self, value: self.__dict__.__setitem__("use_nested_tensor", value),
         )
     if issubclass(base, nn.Sequential):  # a list of its children

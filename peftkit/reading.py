@@ -86,6 +86,12 @@ def stand_in(module: nn.Module, names: Names) -> nn.Module:
     return clone
 
 
+def all_readable(module: nn.Module) -> bool:
+    """Whether all that acts in the module acts on weights, so that nothing in it has to be called."""
+    grafts = [g for m in module.modules() if (g := graft_of(m)) is not None]
+    return all(adapter.merges for g in grafts for adapter in g.acting(g.switch.acting()))
+
+
 def _plain(module: nn.Module) -> bool:
     return type(module._parameters.get("weight")) in (nn.Parameter, Tensor)
 

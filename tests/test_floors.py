@@ -22,6 +22,7 @@ FLOORS = {
     "peftkit.attention": 1,
     "peftkit.blocks": 1,
     "peftkit.bottleneck": 1,
+    "peftkit.bottleneck_config": 1,
     "peftkit.running_order": 1,
     "peftkit.leading": 1,
     "peftkit.row_blocks": 1,

@@ -18,7 +18,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from peftkit import blocks
-from peftkit.bottleneck import BottleneckAdapter, BottleneckConfig, Shape, changed
+from peftkit.bottleneck import BottleneckAdapter, changed
+from peftkit.bottleneck_config import BottleneckConfig, Shape
 from peftkit.sites import Site
 from peftkit.targets import Targets
 
