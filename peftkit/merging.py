@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -30,13 +31,16 @@ def merge(model: nn.Module, ledger: Ledger, attachments: Sequence[Attachment], *
     if not keep:
         ledger.check_classes()
     done: list[Graft] = []
+    writers = Counter((id(made), name) for _, made, _, adapter in jobs for name in adapter.merges)
     try:
         for site, made, key, adapter in jobs:
             done.append(made)
             for name in adapter.merges:
                 target = _tensor(site.module, name)
                 if name not in made.kept:
-                    made.kept[name] = target.detach().clone() if keep else target
+                    # what changes relative to the base must see it as it was, also after another was merged
+                    several = writers[id(made), name] > 1
+                    made.kept[name] = target.detach().clone() if keep or several else target
                 adapter.merge_(name, target, made.kept[name])
             made.merged[key] = versions(adapter)
     except BaseException:
