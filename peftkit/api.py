@@ -256,7 +256,7 @@ def param_groups(
     All else is A, heads and norms of `also_train`, magnitudes and other vectors. The paper's argument is of B alone: a
     sum over the wide input feeds A, so that A's rate shrinks with the width and B's does not. Its code also multiplies
     the rate of every one-dimensional parameter, biases and norms included, for which the paper gives no reason; here
-    they learn at `lr`. Nor has an embedding's pair a fast side: a row of A is looked up, not summed (and A it is that
+    they learn at `lr`. Nor has an embedding's pair a fast side: a column of A is looked up, not summed (and A it is that
     starts at zero); the paper's code takes it out of both groups, and so it learns at `lr` here.
 
     Raises:
