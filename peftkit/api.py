@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from peftkit import also_train, ledger, merging, storage
+from peftkit.hosts import EmbeddingHost
 from peftkit.ledger import Attachment, Ledger
 from peftkit.method import Adapter, Config, chosen
 from peftkit.report import Report, report
@@ -249,13 +251,20 @@ def parameters(model: nn.Module, *names: str) -> list[nn.Parameter]:
 def param_groups(
     model: nn.Module, *names: str, lr: float, ratio: float = 1.0, weight_decay: float = 0.0
 ) -> list[dict[str, Any]]:
-    """Optimizer groups for `parameters`. With `ratio` other than 1, LoRA+ (Hayou et al., arXiv 2402.12354): each
-    method's fast parameters, for LoRA the B matrices, learn at `lr · ratio`; everything else, heads included, at `lr`.
+    """Optimizer groups for `parameters`. With `ratio` other than 1, LoRA+ (Hayou et al., arXiv 2402.12354): B of every
+    low-rank pair that a product feeds learns at `lr · ratio`; all else at `lr`.
+
+    All else is A, heads and norms of `also_train`, magnitudes and other vectors. The paper's argument is of B alone: a
+    sum over the wide input feeds A, so that A's rate shrinks with the width and B's does not. Its code also multiplies
+    the rate of every one-dimensional parameter, biases and norms included, for which the paper gives no reason; here
+    they learn at `lr`. Nor has an embedding's pair a fast side: a column of A is looked up, not summed (and A it is that
+    starts at zero); the paper's code takes it out of both groups, and so it learns at `lr` here.
 
     Raises:
-        As `parameters`; ValueError: a learning rate or ratio that is not positive.
+        As `parameters`; ValueError: a learning rate or ratio that is not positive or finite, a ratio other than 1 where
+            nothing is fast, since it would do nothing.
     """
-    if not lr > 0 or not ratio > 0:
+    if not (0 < lr < math.inf and 0 < ratio < math.inf):
         raise ValueError(f"lr and ratio are positive, not {lr!r} and {ratio!r}")
     _, record = ledger.require(model)
     trained = parameters(model, *names)
@@ -264,9 +273,14 @@ def param_groups(
         for a in record.named(names or record.switch.names)
         for adapter in a.adapters.values()
         for attribute in adapter.fast
+        if not isinstance(getattr(adapter, "host", None), EmbeddingHost)
     }
     slow = [p for p in trained if id(p) not in fast_ids or ratio == 1.0]
     fast = [p for p in trained if id(p) in fast_ids and ratio != 1.0]
+    if ratio != 1.0 and not fast:
+        raise ValueError(
+            f"ratio={ratio!r} would do nothing: LoRA+ speeds up B of low-rank pairs, and none is trained here"
+        )
     groups = [(slow, lr), (fast, lr * ratio)]
     return [{"params": ps, "lr": rate, "weight_decay": weight_decay} for ps, rate in groups if ps]
 

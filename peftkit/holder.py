@@ -109,3 +109,10 @@ def graft_of(module: nn.Module) -> Graft | None:
     children = module._modules  # a scripted module's has no `get`
     child = children[CHILD] if CHILD in children else None
     return child if isinstance(child, Graft) else None
+
+
+def without_merged(module: nn.Module, name: str) -> Tensor | None:
+    """The module's parameter `name` without the adapters that may be merged into it; None where it has none."""
+    graft = graft_of(module)
+    kept = graft.kept.get(name) if graft is not None else None
+    return module._parameters.get(name) if kept is None else kept

@@ -18,6 +18,8 @@ from peftkit.sites import Site
 from peftkit.targets import PerSite
 from peftkit.weight_change import WeightChange, check_dtype
 
+KERNELS = ("hada_t1", "hada_t2", "lokr_t2")  # of peft's decomposition of a kernel
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -83,16 +85,18 @@ class FactoredConfig(Config):
         }
 
     @classmethod
-    def check_peft(cls, stored: Mapping[str, Any]) -> None:
-        """`rank_dropout` and `module_dropout`, which act in training alone, are read and not kept."""
-        if stored.get("use_effective_conv2d"):
-            raise ValueError(
-                f"use_effective_conv2d=True, a decomposition of the kernel as well, is not supported by {cls.__name__}; "
-                "expected False"
-            )
-
-    @classmethod
     def from_peft(cls, stored: Mapping[str, Any], shapes: Mapping[str, Mapping[str, torch.Size]]) -> FactoredConfig:
+        """`rank_dropout` and `module_dropout`, which act in training alone, are not kept.
+
+        Raises:
+            ValueError: a kernel decomposed as well, by peft's `use_effective_conv2d`.
+        """
+        for path, found in shapes.items():
+            if any(key in KERNELS for key in found):
+                raise ValueError(
+                    f"use_effective_conv2d=True has decomposed the kernel of {path!r} as well, which is not supported by "
+                    f"{cls.__name__}"
+                )
         rank = PeftPatterns(stored.get("rank_pattern") or {}, stored.get("r", 8))
         alpha = PeftPatterns(stored.get("alpha_pattern") or {}, stored.get("alpha", 8))
         return cls(

@@ -126,9 +126,13 @@ def report(
             continue
         merged, active = attachment.name in ledger.merged, attachment.name in ledger.switch.names  # type: ignore[union-attr]
         state = "merged" if merged else "active" if active else "attached"
+        seen: set[int] = set()
         for name, adapter in attachment.adapters.items():
             count = trained = size = 0
             for p in own_parameters(adapter):
+                if id(p) in seen:  # shared with a site above, as VeRA's matrices are
+                    continue
+                seen.add(id(p))
                 n = p.numel()
                 count, size = count + n, size + n * p.element_size()
                 trained += n if p.requires_grad else 0

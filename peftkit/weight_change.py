@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftkit.holder import graft_of
 from peftkit.hosts import Host
 from peftkit.method import Adapter
 from peftkit.sites import Site
@@ -131,13 +130,6 @@ def check_dtype(dtype: torch.dtype | None) -> None:
     """
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dtype: a floating-point dtype, not {dtype}")
-
-
-def without_adapters(module: nn.Module, name: str) -> Tensor | None:
-    """The module's parameter `name` as it is without the adapters that may be merged into it; None where it has none."""
-    graft = graft_of(module)
-    kept = graft.kept.get(name) if graft is not None else None
-    return module._parameters.get(name) if kept is None else kept
 
 
 def bias_rows(site: Site) -> slice:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkit.graft import underneath
-from peftkit.holder import graft_of, original_class
+from peftkit.holder import original_class, without_merged
 from peftkit.sites import Site
 
 _CHUNK_BYTES = 1 << 18  # fp32 scratch for merging into a half-precision weight; stays in the cache
@@ -85,9 +85,9 @@ class Host(abc.ABC):
     @property
     def base_weight(self) -> Tensor:
         """The weight without the adapters that may be merged into it."""
-        graft = graft_of(self.module)
-        kept = graft.kept if graft is not None else None
-        return kept[self.weight_name] if kept and self.weight_name in kept else self.weight
+        weight = without_merged(self.module, self.weight_name)
+        assert weight is not None
+        return weight
 
     @property
     def device(self) -> torch.device:

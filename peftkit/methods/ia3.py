@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkit.graft import graft_of, underneath
+from peftkit.holder import without_merged
 from peftkit.hosts import ConvHost, EmbeddingHost, LinearHost, host_class, host_of, why_no_host
 from peftkit.method import Adapter, Config
 from peftkit.sites import Site
@@ -32,7 +33,6 @@ from peftkit.weight_change import (
     given,
     own_dtype,
     with_input,
-    without_adapters,
 )
 
 _PLACEMENT = "the projections of keys and values and the one out of the MLP"
@@ -154,6 +154,7 @@ class IA3Adapter(HostAdapter):
     """One vector. `ia3_l`: `(out 1)`, or `(1 in)` on the input; of a convolution `(1 channels 1 …)`."""
 
     tensor_names = {"ia3_l": "ia3_l"}
+    reads_base = True
     on_input: bool
     rows: slice
     ia3_l: nn.Parameter
@@ -208,7 +209,7 @@ class IA3Adapter(HostAdapter):
         graft = graft_of(module)
         if graft is None or not graft.merged:
             return underneath(module)(x)
-        return host.apply(x, host.base_weight, without_adapters(module, host.bias_name))
+        return host.apply(x, host.base_weight, without_merged(module, host.bias_name))
 
     def _scaled(self, x: Tensor, vector: Tensor) -> Tensor:
         """The product with the vector, in the wider dtype of both, in that of `x`: in half precision numbers near 1
@@ -220,7 +221,7 @@ class IA3Adapter(HostAdapter):
     # -- merging ----------------------------------------------------------------------------------------------------
 
     def delta(self, name: str) -> Tensor:
-        base = without_adapters(self.host.module, name)
+        base = without_merged(self.host.module, name)
         assert base is not None
         return self._change(name, base).to(base.dtype)
 

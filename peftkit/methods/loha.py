@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftkit.lycoris import FactoredAdapter, FactoredConfig, Plan, kaiming_
+from peftkit.lycoris import KERNELS, FactoredAdapter, FactoredConfig, Plan, kaiming_
 from peftkit.sites import Site
 from peftkit.weight_change import own_dtype
 
@@ -58,7 +58,7 @@ class LoHaConfig(FactoredConfig, method="loha", peft_type="LOHA"):
 
     @classmethod
     def tensor_endings(cls) -> Sequence[str]:
-        return ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+        return (*LoHaAdapter.tensor_names, *KERNELS[:2])
 
 
 class LoHaAdapter(FactoredAdapter):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkit.hosts import ConvHost, LinearHost, host_class
-from peftkit.lycoris import FactoredAdapter, FactoredConfig, Plan, kaiming_
+from peftkit.lycoris import KERNELS, FactoredAdapter, FactoredConfig, Plan, kaiming_
 from peftkit.method import Adapter
 from peftkit.sites import Site
 from peftkit.weight_change import own_dtype
@@ -73,7 +73,7 @@ class LoKrConfig(FactoredConfig, method="lokr", peft_type="LOKR"):
 
     @classmethod
     def tensor_endings(cls) -> Sequence[str]:
-        return ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
+        return ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", *KERNELS[2:])
 
     def to_peft(self, adapters: Mapping[str, Adapter]) -> dict[str, Any]:
         return {
@@ -94,8 +94,9 @@ class LoKrConfig(FactoredConfig, method="lokr", peft_type="LOKR"):
 
 
 def factorization(size: int, factor: int = -1) -> tuple[int, int]:
-    """Two factors of `size`, the smaller first: `factor` itself where it divides, else the largest divisor not above
-    it for which the sum of both shrinks; -1 is the pair nearest to the root, as in LyCORIS and peft.
+    """Two factors of `size`, as in LyCORIS and peft: `factor` and the other where it divides; else the pair nearest to
+    the root whose first does not exceed it; -1 is the pair nearest to the root. But for the first case, the smaller
+    comes first.
     """
     if factor > 0 and size % factor == 0:
         return factor, size // factor

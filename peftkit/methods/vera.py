@@ -163,29 +163,33 @@ class Projection(nn.Module):
     A: nn.Parameter
     B: nn.Parameter
     seed: int
+    stored: bool
 
     def __init__(self, r: int, cols: int, rows: int, seed: int, device: torch.device, dtype: torch.dtype):
         super().__init__()
         vars(self).update(seed=seed)
-        self.hold(*(torch.empty(shape, device=device, dtype=dtype) for shape in ((r, cols), (rows, r))))
+        for name, shape in (("A", (r, cols)), ("B", (rows, r))):
+            values = torch.empty(shape, device=device, dtype=dtype)
+            self._parameters[name] = nn.Parameter(values, requires_grad=False)
+        self.stored = False
         self._drawn: tuple[int, ...] | None = None
 
     def hold(self, a: Tensor, b: Tensor) -> None:
-        """Let these be the pair, on the device where it lies."""
+        """Let these, from a file, be the pair, on the device where it lies."""
         for name, value in (("A", a), ("B", b)):
-            own = self._parameters.get(name)
-            device = value.device if own is None or own.is_meta else own.device
-            self._parameters[name] = nn.Parameter(value.to(device), requires_grad=False)
-        self._drawn = self._state()
+            own = getattr(self, name)
+            place = value.device if own.is_meta else own.device
+            self._parameters[name] = nn.Parameter(value.to(place), requires_grad=False)
+        self.stored = True
 
     @torch.no_grad()
     def draw(self, device: torch.device | None = None) -> None:
-        """Values from the seed, unless they are there, on `device` if they are on the meta device yet.
+        """Values from the seed, unless they are there or from a file; on `device` if they are on the meta device yet.
 
         Kaiming's uniform distribution with gain √2, as peft draws it: bounds ±√(6/in) for A and ±√(6/r) for B, in fp32.
         """
         target = device if self.A.is_meta and device is not None else self.A.device
-        if self._drawn == self._state() or target.type == "meta":
+        if target.type == "meta" or self._drawn == self._state() or (self.stored and not self.A.is_meta):
             return
         g = torch.Generator().manual_seed(self.seed)
         made = []

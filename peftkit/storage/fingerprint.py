@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from peftkit.holder import graft_of
+from peftkit.holder import without_merged
 from peftkit.sites import Site, walk
 
 SAMPLES = 4
@@ -80,19 +80,13 @@ def _gathered(picked: Sequence[Tensor]) -> np.ndarray[Any, Any]:
 
 def _base_weight(site: Site) -> Tensor | None:
     """The weight at `site`; where that is a block, the first matrix in it."""
-    weight = _without_merged(site.module, site.weight_name)
+    weight = without_merged(site.module, site.weight_name)
     if weight is None and site.part is None:
-        inside = (_without_merged(s.module, "weight") for s in walk(site.module) if s.part is None)
+        inside = (without_merged(s.module, "weight") for s in walk(site.module) if s.part is None)
         weight = next((w for w in inside if w is not None and w.dim() > 1), None)
     if weight is None or type(weight) not in (nn.Parameter, Tensor) or weight.is_meta or weight.numel() == 0:
         return None
     return weight if weight.dtype.is_floating_point and weight.dtype.itemsize > 1 else None
-
-
-def _without_merged(module: nn.Module, name: str) -> Tensor | None:
-    graft = graft_of(module)
-    kept = graft.kept.get(name) if graft is not None and graft.kept else None
-    return module._parameters.get(name) if kept is None else kept
 
 
 def _pick(weight: Tensor) -> Tensor:
