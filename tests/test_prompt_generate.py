@@ -72,7 +72,9 @@ def test_greedy_is_one_forward_at_a_time(make, way):
 
 
 @pytest.mark.parametrize("make", [llama, gpt2])
-@pytest.mark.parametrize("way", [{}, {"use_cache": False}, {"cache_implementation": "static"}, {"prefill_chunk_size": 3}])
+@pytest.mark.parametrize(
+    "way", [{}, {"use_cache": False}, {"cache_implementation": "static"}, {"prefill_chunk_size": 3}]
+)
 def test_left_padding_changes_nothing(make, way):
     model = prompted(make)
     short, long = IDS[:1, :3], IDS[1:]
