@@ -119,7 +119,7 @@ def _graft_class(base: type[nn.Module]) -> type[nn.Module]:
     body: dict[str, Any] = {
         "__grafted__": base,
         "__module__": base.__module__,
-        "__qualname__": f"Grafted{base.__qualname__}",
+        "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
         "__setattr__": setattr_,
         "__reduce_ex__": reduce_ex,
@@ -137,7 +137,7 @@ def _graft_class(base: type[nn.Module]) -> type[nn.Module]:
         body["__len__"] = lambda self: len(self._modules) - (CHILD in self._modules)
         body["__iter__"] = lambda self: iter([m for key, m in self._modules.items() if key != CHILD])
         body["__getitem__"] = lambda self, index: without_graft(self)[index]  # type: ignore[index]
-    # the name stays: accelerate, transformers and others know classes by it
+    # the names stay: accelerate and transformers know classes by them, the latter what a model can give out beside logits
     return type(base.__name__, (Grafted, base), body)  # type: ignore[return-value]
 
 
@@ -177,9 +177,8 @@ def why_not_ungraft(module: nn.Module) -> str | None:
     if "__grafted__" in type(module).__dict__:
         return None
     later = next(c for c in type(module).__mro__ if "__grafted__" in c.__dict__)
-    return (
-        f"something made its class {type(module).__name__} out of {later.__qualname__} after attaching; undo that first"
-    )
+    made = type(module).__name__
+    return f"something made its class {made} out of Grafted{later.__name__} after attaching; undo that first"
 
 
 def graft(module: nn.Module, switch: Switch) -> Graft:
