@@ -19,6 +19,7 @@ from peftkit.api import (
 )
 from peftkit.method import Adapter, Config, NotMergeable
 from peftkit.methods.lora import LoRAConfig
+from peftkit.methods.prefix import PrefixTuningConfig
 from peftkit.report import Report
 from peftkit.storage import StorageError
 from peftkit.targets import TargetError
@@ -30,6 +31,7 @@ __all__ = [
     "Config",
     "LoRAConfig",
     "NotMergeable",
+    "PrefixTuningConfig",
     "Report",
     "StorageError",
     "TargetError",

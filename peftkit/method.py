@@ -43,11 +43,13 @@ class Adapter(nn.Module):
         tensor_names: attribute of each tensor to store -> its key in the file behind the site's name.
         fast: attributes LoRA+ trains with the higher learning rate.
         replaces: it takes the host's place rather than adding to it, so that only one may act at a time.
+        beside: it hangs beside the sites that were chosen, see `Config.beside`, and stores nothing.
     """
 
     tensor_names: Mapping[str, str] = {}
     fast: ClassVar[tuple[str, ...]] = ()
     replaces: ClassVar[bool] = False
+    beside: ClassVar[bool] = False
 
     def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """What the host computes with this adapter; `base(*args, **kwargs)` is what it computes without.
@@ -147,6 +149,7 @@ class Config:
 
     method: ClassVar[str] = ""
     peft_type: ClassVar[str] = ""
+    other_peft_types: ClassVar[Sequence[str]] = ()  # further ones that its files may have, which `to_peft` then gives
     default_targets: ClassVar[Sequence[str]] = ("all-linear",)
 
     def __init_subclass__(cls, *, method: str | None = None, peft_type: str | None = None, **kwargs: Any) -> None:
@@ -196,6 +199,10 @@ class Config:
     def check(self, site: Site, plan: Any) -> None:
         """Raise ValueError for settings that make no sense at `site`; a stored adapter is not asked."""
 
+    def beside(self, everything: Sequence[Site], sites: Sequence[Site]) -> Mapping[Site, Adapter]:
+        """What must hang on further sites, of all of the model, for those chosen to work; it stores nothing."""
+        return {}
+
     def setup(self, model: nn.Module) -> Callable[[], None] | None:
         """Whatever must change on the model beside its sites; returns what undoes it, which pickles with the model."""
         return None
@@ -211,6 +218,7 @@ class Config:
         """Its part of `adapter_config.json`, for the adapters by module path."""
         raise NotImplementedError(f"{type(self).__name__} cannot be saved yet")
 
+    key_prefix: ClassVar[str] = "base_model.model."  # before a module's name in its files; peft's for what it wraps
     whole_keys: ClassVar[Sequence[str]] = ()  # full keys of tensors in its files that belong to no single site
 
     def whole_tensors(self, adapters: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -274,7 +282,7 @@ def method_for(stored: Mapping[str, Any]) -> type[Config]:
     """
     peft_type = stored["peft_type"]
     for cls in _registry.values():
-        if cls.peft_type == peft_type and cls.reads(stored):
+        if peft_type in (cls.peft_type, *cls.other_peft_types) and cls.reads(stored):
             return cls
     known = sorted(c.peft_type for c in _registry.values())
     close = difflib.get_close_matches(str(peft_type), known, n=1)

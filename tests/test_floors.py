@@ -25,6 +25,7 @@ FLOORS = {
     "peftkit.pairs": 1,
     "peftkit.peft_patterns": 1,
     "peftkit.peft_lora": 1,
+    "peftkit.peft_prefix": 1,
     "peftkit.also_train": 2,
     "peftkit.methods": 2,
     "peftkit.schedules": 2,

@@ -10,12 +10,24 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from peftkit.method import Config
 from peftkit.sites import Site
 
 PREFIX = "base_model.model."
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 README = "README.md"
+
+
+def unified(key: str, method: type[Config]) -> str:
+    """A key of a method's file as all others have it, beginning with `PREFIX`; as it is where it does not fit."""
+    own = method.key_prefix
+    return PREFIX + key[len(own) :] if key.startswith(own) else key
+
+
+def in_file(key: str, config: Config) -> str:
+    """The inverse."""
+    return config.key_prefix + key[len(PREFIX) :] if key.startswith(PREFIX) else key
 
 
 def stem(site: Site) -> str:

@@ -129,7 +129,7 @@ def _understood(folder: Path, peft: dict[str, Any], found: TensorFile, own: dict
     method = method_for(peft)
     method.check_peft(peft)
     whole_tensors = {key: t for key, t in found.tensors.items() if key in method.whole_keys}
-    others = {key: t for key, t in found.tensors.items() if key not in whole_tensors}
+    others = {layout.unified(key, method): t for key, t in found.tensors.items() if key not in whole_tensors}
     tensors, sites, rest = _grouped(folder / layout.TENSORS, others, method)
     listed = peft.get("modules_to_save") or []
     if not isinstance(listed, list) or not all(isinstance(m, str) for m in listed):

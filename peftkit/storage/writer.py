@@ -42,7 +42,9 @@ def save(model: nn.Module, attachment: Attachment, path: str | os.PathLike[str])
         own["sites"] = list(adapted)
     metadata = {"format": "pt", "peftkit": json.dumps(own, sort_keys=True, separators=(",", ":"))}
     with replacing(Path(path)) as fresh:
-        tensorfile.write(fresh / layout.TENSORS, tensors, metadata)
+        tensorfile.write(
+            fresh / layout.TENSORS, {layout.in_file(key, attachment.config): t for key, t in tensors.items()}, metadata
+        )
         (fresh / layout.CONFIG).write_text(json.dumps(peft, indent=2, sort_keys=True) + "\n", "utf-8")
         if not (Path(path) / layout.README).exists():
             (fresh / layout.README).write_text(_readme(peft, tensors), "utf-8")
@@ -52,7 +54,7 @@ def _adapted(attachment: Attachment) -> dict[str, Site]:
     return {
         name: site
         for name, site in attachment.sites.items()
-        if not isinstance(attachment.adapters[name], WholeModule | TokenRows)
+        if not isinstance(adapter := attachment.adapters[name], WholeModule | TokenRows) and not adapter.beside
     }
 
 
