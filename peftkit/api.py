@@ -67,7 +67,7 @@ def _build(
                 f"exclude={site.name!r}"
             )
         adapters[site.name], where[site.name] = adapter, site
-    for site, adapter in config.beside(everything, sites).items():
+    for site, adapter in config.beside(everything, {s.name: adapters[s.name] for s in sites}).items():
         if site.name in adapters:
             raise TargetError(
                 f"{site.name!r} is trained by also_train, and {config.method} hangs on it too; leave it out"

@@ -199,8 +199,11 @@ class Config:
     def check(self, site: Site, plan: Any) -> None:
         """Raise ValueError for settings that make no sense at `site`; a stored adapter is not asked."""
 
-    def beside(self, everything: Sequence[Site], sites: Sequence[Site]) -> Mapping[Site, Adapter]:
-        """What must hang on further sites, of all of the model, for those chosen to work; it stores nothing."""
+    def beside(self, everything: Sequence[Site], adapters: Mapping[str, Any]) -> Mapping[Site, Adapter]:
+        """What must hang on further sites, of all of the model, for the built adapters to work; it stores nothing.
+
+        The place to tell adapters, by site name, what they must know of the model; its root is the first site's module.
+        """
         return {}
 
     def setup(self, model: nn.Module) -> Callable[[], None] | None:

@@ -10,6 +10,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from peftkit.attention import is_cross
 from peftkit.sites import Site
 
@@ -41,6 +43,8 @@ def settings(config: Any, adapters: Mapping[str, Any]) -> dict[str, Any] | None:
     layers = layers or getattr(text, "num_hidden_layers", None)
     if len(adapters) != layers or (both and not all(_DECODER.fullmatch(path) for path in adapters)):
         return None
+    if not _shared_are_equal(adapters):
+        return None
     width = first.sizes.heads * first.sizes.key
     task = next((t for end, t in _TASKS.items() if first.base_class.endswith(end)), "FEATURE_EXTRACTION")
     return {
@@ -54,6 +58,27 @@ def settings(config: Any, adapters: Mapping[str, Any]) -> dict[str, Any] | None:
         "task_type": "SEQ_2_SEQ_LM" if both else task,
         "token_dim": width,
     }
+
+
+def places(adapters: Mapping[str, Any]) -> list[int]:
+    """The place of each adapter's pair of key and value in peft's tensor: its own, in layers' order.
+
+    Not so in an encoder-decoder model: peft writes the pairs of all L layers twice in a row and gives each layer two, of
+    which the second, for cross-attention, is dropped. So layer l computes with pair 2l mod L, and where L is even the
+    odd pairs with none.
+    """
+    count, first = len(adapters), next(iter(adapters.values()))
+    step = 2 if getattr(first.base_config, "is_encoder_decoder", False) else 1
+    return [step * layer % count for layer in range(count)]
+
+
+def _shared_are_equal(adapters: Mapping[str, Any]) -> bool:
+    """Whether layers that peft gives one pair hold the same values."""
+    found: dict[int, Any] = {}
+    return all(
+        all(torch.equal(a, b) for a, b in zip(found.setdefault(place, adapter).prefix(), adapter.prefix(), strict=True))
+        for place, adapter in zip(places(adapters), adapters.values(), strict=True)
+    )
 
 
 def read_config(stored: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from peftkit.attention.acting import KeyValues, is_recording
 from peftkit.attention.finding import kind_of
-from peftkit.holder import graft_of, original_class
+from peftkit.holder import original_class
 from peftkit.hosts import ModuleRef
 from peftkit.method import Adapter
 from peftkit.sites import Site
@@ -141,17 +141,15 @@ class PositionShift(Adapter):
         return f"positions + {self.length}"
 
 
-def find_biases(model: nn.Module) -> None:
-    """Tell the prefixes in T5's attentions where the relative position bias comes from that they add: their own
-    module's table, or that of the first block of their stack.
+def find_biases(everything: Sequence[Site], adapters: Mapping[str, KeyValues]) -> None:
+    """Tell the prefixes in T5's attentions, by site name, where the relative position bias comes from that they add:
+    their own module's table, or that of the first block of their stack.
     """
     table: nn.Module | None = None
-    for name, module in model.named_modules():
-        if isinstance(getattr(module, "relative_attention_bias", None), nn.Embedding):
-            table = module
-        graft = graft_of(module)
-        if graft is None or table is None or not hasattr(table, "_relative_position_bucket"):
+    for site in everything:
+        if isinstance(getattr(site.module, "relative_attention_bias", None), nn.Embedding):
+            table = site.module
+        if table is None or not hasattr(table, "_relative_position_bucket"):
             continue
-        for adapter in graft._modules.values():
-            if isinstance(adapter, KeyValues) and not is_cross(Site(name, module)) and hasattr(module, "is_decoder"):
-                adapter.bias = ModuleRef(table)
+        if site.part is None and site.name in adapters and hasattr(site.module, "is_decoder") and not is_cross(site):
+            adapters[site.name].bias = ModuleRef(table)

@@ -26,13 +26,14 @@ from torch import Tensor, nn
 
 from peftkit import attention, ledger
 from peftkit.attention import Prefixing, Sizes
+from peftkit.holder import original_class
 from peftkit.method import Adapter, Config
-from peftkit.peft_prefix import PACKED, PEFT_TYPE, read_config, settings
+from peftkit.peft_prefix import PACKED, PEFT_TYPE, places, read_config, settings
 from peftkit.sites import Site
 from peftkit.targets import TargetError
 
 INITS = ("normal", "zero")
-OWN_TYPE = "PEFTKIT_PREFIX"  # where peft would read the tensor as another function
+OWN_TYPE, OWN_PACKED = "PEFTKIT_PREFIX", "prefix_embeddings"  # where peft would read another function
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +67,7 @@ class PrefixTuningConfig(Config, method="prefix", peft_type=PEFT_TYPE):
     default_targets: ClassVar[Sequence[str]] = ("attention",)
     other_peft_types: ClassVar[Sequence[str]] = (OWN_TYPE,)
     key_prefix: ClassVar[str] = "base_model."
-    whole_keys: ClassVar[Sequence[str]] = (PACKED,)
+    whole_keys: ClassVar[Sequence[str]] = (PACKED, OWN_PACKED)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -124,16 +125,17 @@ class PrefixTuningConfig(Config, method="prefix", peft_type=PEFT_TYPE):
         base = torch.get_default_dtype() if like is None else like.dtype
         return self.dtype or (base if base.itemsize >= 4 else torch.float32)
 
-    def beside(self, everything: Sequence[Site], sites: Sequence[Site]) -> Mapping[Site, Adapter]:
+    def beside(self, everything: Sequence[Site], adapters: Mapping[str, Any]) -> Mapping[Site, Adapter]:
+        root = everything[0].module
+        for adapter in adapters.values():
+            adapter.base_class, adapter.base_config = original_class(root).__name__, getattr(root, "config", None)
         if not self.shift_positions:
             return {}
-        return {s: attention.PositionShift(s, self.length) for s in attention.position_sites(everything, sites)}
+        attention.find_biases(everything, adapters)
+        found = attention.position_sites(everything, [s for s in everything if s.name in adapters])
+        return {s: attention.PositionShift(s, self.length) for s in found}
 
     def setup(self, model: nn.Module) -> Callable[[], None]:
-        attention.find_biases(model)
-        for module in model.modules():
-            for adapter in _prefixes_on(module):
-                adapter.base_class, adapter.base_config = type(model).__name__, getattr(model, "config", None)
         return partial(attention.give_back, attention.let_see(model.modules()))
 
     @classmethod
@@ -148,29 +150,34 @@ class PrefixTuningConfig(Config, method="prefix", peft_type=PEFT_TYPE):
 
     def whole_tensors(self, adapters: Mapping[str, Any]) -> dict[str, Tensor]:
         """One tensor, (length columns): for each attention in turn its key and its value, each (kv_heads head_dim)."""
-        parts = [t.transpose(0, 1).flatten(1) for a in adapters.values() for t in a.prefix()]
-        return {PACKED: torch.cat(parts, 1).detach()}
+        pairs = [torch.cat([t.transpose(0, 1).flatten(1) for t in a.prefix()], 1) for a in adapters.values()]
+        if settings(self, adapters) is None:
+            return {OWN_PACKED: torch.cat(pairs, 1).detach()}
+        found = [torch.zeros_like(pair) for pair in pairs]
+        for place, pair in zip(places(adapters), pairs, strict=True):
+            found[place] = pair
+        return {PACKED: torch.cat(found, 1).detach()}
 
     def load_whole(self, found: Mapping[str, Tensor], adapters: Mapping[str, Any]) -> None:
-        own = [a for a in adapters.values() if isinstance(a, Prefix)]
-        widths = [n for a in own for n in (a.sizes.heads * a.sizes.key, a.sizes.heads * a.sizes.value)]
-        packed, expected = found.get(PACKED), (self.length, sum(widths))
-        if packed is None:
+        columns = [a.sizes.heads * (a.sizes.key + a.sizes.value) for a in adapters.values()]
+        key = next((k for k in self.whole_keys if k in found), None)
+        if key is None:
             raise ValueError(f"missing {PACKED}; the file is not complete")
+        packed, expected = found[key], (self.length, sum(columns))
         if packed.shape != expected:
             raise ValueError(
-                f"{PACKED} has shape {tuple(packed.shape)}, expected {expected}: {self.length} columns before each of "
-                f"{len(own)} attentions; the adapter belongs to a model of another size"
+                f"{key} has shape {tuple(packed.shape)}, expected {expected}: {self.length} columns before each of "
+                f"{len(columns)} attentions; the adapter belongs to a model of another size"
             )
         if not packed.is_floating_point():
-            raise ValueError(f"{PACKED} is {packed.dtype}, expected a floating-point dtype")
-        parts = iter(packed.split(widths, 1))
-        for adapter in own:
-            adapter.hold(next(parts), next(parts))
+            raise ValueError(f"{key} is {packed.dtype}, expected a floating-point dtype")
+        pairs = packed.split(columns, 1)
+        at = range(len(columns)) if key == OWN_PACKED else places(adapters)
+        for place, adapter in zip(at, adapters.values(), strict=True):
+            adapter.hold(pairs[place])
 
     def to_peft(self, adapters: Mapping[str, Adapter]) -> dict[str, Any]:
-        own = {path: a for path, a in adapters.items() if isinstance(a, Prefix)}
-        return settings(self, own) or {"peft_type": OWN_TYPE, "num_virtual_tokens": self.length}
+        return settings(self, adapters) or {"peft_type": OWN_TYPE, "num_virtual_tokens": self.length}
 
     @classmethod
     def from_peft(cls, stored: Mapping[str, Any], shapes: Mapping[str, Mapping[str, torch.Size]]) -> PrefixTuningConfig:
@@ -226,26 +233,24 @@ class Prefix(Prefixing):
     def prefix(self) -> tuple[Tensor, Tensor]:
         if self.source is None:
             return self.key, self.value
-        keys, values = self.sizes.heads * self.sizes.key, self.sizes.heads * self.sizes.value
-        columns = self.source.part(self.offset, self.offset + keys + values)
-        key, value = columns.split([keys, values], 1)
+        columns = self.sizes.heads * (self.sizes.key + self.sizes.value)
+        key, value = self._split(self.source.part(self.offset, self.offset + columns))
         return self._by_head(key), self._by_head(value)
+
+    def _split(self, pair: Tensor) -> tuple[Tensor, ...]:
+        return pair.split([self.sizes.heads * self.sizes.key, self.sizes.heads * self.sizes.value], 1)
 
     def _by_head(self, columns: Tensor) -> Tensor:
         return columns.unflatten(1, (self.sizes.heads, -1)).transpose(0, 1)
 
     @torch.no_grad()
-    def hold(self, key: Tensor, value: Tensor) -> None:
-        """Take over (length columns) of a file, or of tokens; what was reparametrised no longer is."""
-        device = self._device()
-        self.source = None
-        for name, columns in (("key", key), ("value", value)):
-            made = self._by_head(columns).contiguous()
-            setattr(self, name, nn.Parameter(made if device is None else made.to(device)))
-
-    def _device(self) -> torch.device | None:
+    def hold(self, pair: Tensor) -> None:
+        """Take over (length columns), key and value, of a file; what was reparametrised no longer is."""
         device = next(self.parameters()).device
-        return None if device.type == "meta" else device
+        self.source = None
+        for name, columns in zip(("key", "value"), self._split(pair), strict=True):
+            made = self._by_head(columns).clone(memory_format=torch.contiguous_format)
+            setattr(self, name, nn.Parameter(made if device.type == "meta" else made.to(device)))
 
     def why_not_merge(self) -> str:
         return "a prefix is further columns of a softmax over what the input is; no weight can hold it"
@@ -277,11 +282,6 @@ def _like(module: nn.Module) -> Tensor | None:
     """A weight of the base, whose device and dtype the prefix follows."""
     found = (p for n, p in module.named_parameters() if "peftkit." not in n)
     return next((p for p in found if p.is_floating_point() and p.dtype.itemsize > 1), None)
-
-
-def _prefixes_on(module: nn.Module) -> list[Prefix]:
-    graft = ledger.graft_of(module)
-    return [] if graft is None else [a for a in graft._modules.values() if isinstance(a, Prefix)]
 
 
 @torch.no_grad()
