@@ -25,6 +25,7 @@ from peftkit.methods.loha import LoHaConfig
 from peftkit.methods.lokr import LoKrConfig
 from peftkit.methods.lora import LoRAConfig
 from peftkit.methods.parallel import ParallelAdapterConfig
+from peftkit.methods.prefix import PrefixTuningConfig
 from peftkit.methods.prompt import PromptTuningConfig
 from peftkit.methods.series import SeriesAdapterConfig
 from peftkit.methods.vera import VeRAConfig
@@ -45,6 +46,7 @@ __all__ = [
     "LoRAConfig",
     "NotMergeable",
     "ParallelAdapterConfig",
+    "PrefixTuningConfig",
     "PromptTuningConfig",
     "Report",
     "SeriesAdapterConfig",

@@ -69,6 +69,13 @@ def _build(
                 f"exclude={site.name!r}"
             )
         adapters[site.name], where[site.name] = adapter, site
+    for site, adapter in config.beside(everything, {s.name: adapters[s.name] for s in sites}).items():
+        if site.name in adapters:
+            raise TargetError(
+                f"{site.name!r} is trained by also_train, and {config.method} hangs on it too; leave it out"
+            )
+        ledger.check_graftable([site])
+        adapters[site.name], where[site.name] = adapter, site
     for adapter in adapters.values():
         if new:
             adapter.reset_parameters()

@@ -66,7 +66,7 @@ class Attachment:
         for key in ("targets", "exclude"):
             value = getattr(config, key)
             if any(callable(one) for one in (value if isinstance(value, tuple) else (value,))):
-                chosen = tuple(f"^{name}" for name, adapter in self.adapters.items() if not adapter.replaces)
+                chosen = tuple(f"^{name}" for name, a in self.adapters.items() if not (a.replaces or a.beside))
                 config = replace(config, **{key: chosen if key == "targets" else None})
         return {**self.__dict__, "config": config}
 

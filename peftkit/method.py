@@ -46,6 +46,7 @@ class Adapter(nn.Module):
         reads_base: its change of a weight depends on the weight as it is without any adapter.
         gathers: nested, one would see what another has changed; so those of this class on a host are called together,
             by `gathered`, and around all that nest.
+        beside: it hangs beside the sites that were chosen, see `Config.beside`, and stores nothing.
     """
 
     tensor_names: Mapping[str, str] = {}
@@ -53,6 +54,7 @@ class Adapter(nn.Module):
     replaces: ClassVar[bool] = False
     reads_base: ClassVar[bool] = False
     gathers: ClassVar[bool] = False
+    beside: ClassVar[bool] = False
 
     def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """What the host computes with this adapter; `base(*args, **kwargs)` is what it computes without.
@@ -157,6 +159,7 @@ class Config:
 
     method: ClassVar[str] = ""
     peft_type: ClassVar[str] = ""
+    other_peft_types: ClassVar[Sequence[str]] = ()  # further ones that its files may have, which `to_peft` then gives
     default_targets: ClassVar[Sequence[str]] = ("all-linear",)
 
     def __init_subclass__(cls, *, method: str | None = None, peft_type: str | None = None, **kwargs: Any) -> None:
@@ -205,6 +208,13 @@ class Config:
 
     def check(self, site: Site, plan: Any) -> None:
         """Raise ValueError for settings that make no sense at `site`; a stored adapter is not asked."""
+
+    def beside(self, everything: Sequence[Site], adapters: Mapping[str, Any]) -> Mapping[Site, Adapter]:
+        """What must hang on further sites, of all of the model, for the built adapters to work; it stores nothing.
+
+        The place to tell adapters, by site name, what they must know of the model; its root is the first site's module.
+        """
+        return {}
 
     def setup(self, model: nn.Module) -> Callable[[], None] | None:
         """Whatever must change on the model beside its sites; returns what undoes it, which pickles with the model."""
@@ -294,7 +304,7 @@ def method_for(stored: Mapping[str, Any]) -> type[Config]:
     """
     peft_type = stored["peft_type"]
     for cls in _registry.values():
-        if cls.peft_type == peft_type and cls.reads(stored):
+        if peft_type in (cls.peft_type, *cls.other_peft_types) and cls.reads(stored):
             return cls
     known = sorted(c.peft_type for c in _registry.values())
     close = difflib.get_close_matches(str(peft_type), known, n=1)

@@ -253,6 +253,11 @@ class PairAdapter(Adapter):
 
 
 def check_settings(r: int | Mapping[str, int], alpha: float | Mapping[str, float] | None, dropout: float) -> None:
+    """Refuse what no pair can have.
+
+    Raises:
+        ValueError: a rank below 1, an alpha that is zero or no finite number, a dropout outside [0, 1).
+    """
     for rank in r.values() if isinstance(r, Mapping) else [r]:
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
             raise ValueError(f"r: a rank is an integer of at least 1, not {rank!r}")

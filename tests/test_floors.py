@@ -35,6 +35,7 @@ FLOORS = {
     "peftkit.peft_lora": 1,
     "peftkit.weight_change": 1,
     "peftkit.lycoris": 1,
+    "peftkit.peft_prefix": 1,
     "peftkit.also_train": 2,
     "peftkit.methods": 2,
     "peftkit.schedules": 2,

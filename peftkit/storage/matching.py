@@ -147,7 +147,7 @@ def fill(stored: Stored, attachment: Attachment) -> None:
     """
     left = set(stored.tensors)
     if attachment.config.whole_keys:
-        own = {n: a for n, a in attachment.adapters.items() if not isinstance(a, WholeModule | TokenRows)}
+        own = {n: a for n, a in attachment.adapters.items() if not (isinstance(a, WholeModule | TokenRows) or a.beside)}
         try:
             attachment.config.load_whole({key: t.clone() for key, t in stored.of_all.items()}, own)
         except ValueError as error:

@@ -52,7 +52,7 @@ def _adapted(attachment: Attachment) -> dict[str, Site]:
     return {
         name: site
         for name, site in attachment.sites.items()
-        if not isinstance(attachment.adapters[name], WholeModule | TokenRows)
+        if not isinstance(adapter := attachment.adapters[name], WholeModule | TokenRows) and not adapter.beside
     }
 
 
