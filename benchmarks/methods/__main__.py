@@ -29,8 +29,8 @@ def main() -> None:
     console = Console()
     if options.steps:
         keep(options.model, steps=steps.measure(options.model, [m for m in wanted if m != "none"]))
-    for method in wanted if not options.steps else ():
-        for seed in SEEDS if method != "none" else (0,):
+    for seed in SEEDS if not options.steps else ():
+        for method in [m for m in wanted if m != "none" or seed == 0]:
             row = run(options.model, method, seed)
             console.print(f"{method}, seed {seed}: {row['accuracy']:.1%}")
             keep(options.model, row)
