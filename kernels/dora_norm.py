@@ -3,7 +3,7 @@
     n² = ‖W‖² + 2s · rowsum((W Aᵀ) ∘ B) + s² · rowsum((B A Aᵀ) ∘ B)        DoRA, arXiv 2402.09353, equation 5
 
 The dearest product is W Aᵀ, of width r; with ‖W‖² it reads W once. Everything is computed in fp32, or fp64 where an
-operand is: of a weight in half precision a piece at a time is widened, and stays in the cache.
+operand is; a weight in half precision is widened a piece at a time.
 
 Where s·BA nearly cancels W the three terms are large and n² is small: its error is that of the terms. Such rows are
 computed again from their own numbers. Under torch.compile, torch.export and the transforms of torch.func they are not,
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch._C._functorch import maybe_current_level
 
-# Numbers of a weight that are widened at a time: on a CPU they stay in the cache, on a GPU they fill it.
-PIECE, GPU_PIECE = 2**18, 2**24
+# Numbers of a weight in half precision that are widened at a time.
+PIECE, GPU_PIECE = 2**20, 2**24
 # Rows with n² below this part of the positive terms are computed again; above it their relative error is a few eps.
 CANCELLED = 1 / 16
 
@@ -63,47 +63,53 @@ def row_norms(
     a, b = a.to(dtype), b.to(dtype)
     traced = composed(weight)
     cross, squares = _read(weight, a, squares, whole=traced)
-    cross = (cross * b).sum(-1)
-    square = ((b @ (a @ a.mT)) * b).sum(-1) * (scale * scale)
-    found = (
-        torch.add(squares, cross, alpha=2 * scale).add_(square)
-        if not traced
-        else squares + cross * (2 * scale) + square
-    )
-    if not traced:
-        low = found < (squares + square) * CANCELLED
-        if low.any():
-            found[low] = _again(weight, a, b, scale, low)
+    found = squares
+    if a.shape[-2]:
+        square = ((b @ (a @ a.mT)) * b).sum(-1) * (scale * scale)
+        found = squares + (cross * b).sum(-1) * (2 * scale) + square
+        if not traced:
+            low = found < (squares + square) * CANCELLED
+            if low.any():
+                found[low] = _again(weight, a, b, scale, low)
     return found.clamp_min(torch.finfo(dtype).tiny).sqrt(), squares
 
 
 def _read(weight: Tensor, a: Tensor, squares: Tensor | None, *, whole: bool) -> tuple[Tensor, Tensor]:
     """W Aᵀ: (out r), and ‖W‖² of the rows unless it is known."""
-    if weight.dtype is a.dtype or whole or weight.dim() == 3:
+    if whole or weight.dim() == 3:
         w = weight.to(a.dtype)
         return w @ a.mT, _squares(w) if squares is None else squares
-    cross = a.new_zeros(weight.shape[0], a.shape[0])
-    found = a.new_zeros(weight.shape[0]) if squares is None else squares
-    across = weight.stride(0) < weight.stride(1)  # a transposed view lies in memory column by column
-    size = (PIECE if weight.is_cpu else GPU_PIECE) // max(1, weight.shape[0 if across else 1])
-    axis = 1 if across else 0
-    start = 0
-    for piece in weight.split(max(1, size), axis):
-        w, stop = piece.to(a.dtype), start + piece.shape[axis]
-        if across:
-            cross.addmm_(w, a[:, start:stop].t())
-        else:
-            torch.mm(w, a.t(), out=cross[start:stop])
-        if squares is None and across:
-            found += _squares(w)
-        elif squares is None:
-            found[start:stop] = _squares(w)
-        start = stop
-    return cross, found
+    across = weight.stride(0) < weight.stride(1)  # a transposed view: its columns are what lies together in memory
+    lying = weight.t() if across else weight
+    step = len(lying) if weight.dtype is a.dtype else (PIECE if weight.is_cpu else GPU_PIECE) // max(1, lying.shape[1])
+    step = max(1, step)
+    # made once: fresh memory of this size costs more to get than to fill
+    scratch = None if weight.dtype is a.dtype else a.new_empty(min(step, len(lying)), lying.shape[1])
+    products, sums = [], []
+    for i, piece in enumerate(lying.split(step)):
+        w = piece if scratch is None else scratch[: len(piece)].copy_(piece)
+        if len(a):
+            products.append(a[:, i * step : i * step + len(w)] @ w if across else w @ a.t())
+        if squares is None:
+            sums.append(_squares_down(w) if across else _squares(w))
+    cross = a.new_empty(weight.shape[0], 0)
+    if products:
+        cross = sum(products[1:], products[0]).t() if across else torch.cat(products)
+    if squares is None:
+        squares = sum(sums[1:], sums[0]) if across else torch.cat(sums)
+    return cross, squares
 
 
 def _squares(w: Tensor) -> Tensor:
     return torch.linalg.vector_norm(w, dim=-1).square_()
+
+
+def _squares_down(w: Tensor) -> Tensor:
+    """Of columns, which `vector_norm` reads a number at a time."""
+    found = w.new_zeros(w.shape[1])
+    for piece in w.split(max(1, 2**16 // max(1, w.shape[1])) if w.is_cpu else max(1, len(w))):
+        found += piece.square().sum(0)
+    return found
 
 
 def _again(weight: Tensor, a: Tensor, b: Tensor, scale: float, low: Tensor) -> Tensor:

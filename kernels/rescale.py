@@ -51,9 +51,11 @@ def _along(t: Tensor, axis: int) -> Tensor:
 def _scaled(z: Tensor, gain: Tensor, bias: Tensor | None, axis: int, out: Tensor | None) -> Tensor:
     dtype = torch.promote_types(z.dtype, torch.float32)
     g = _along(gain.to(dtype), axis)
-    shift = None if bias is None else _along(bias.to(dtype), axis) * (1 - g)
     if z.dtype is dtype:
-        return torch.mul(z, g, out=out) if shift is None else torch.addcmul(shift, z, g, out=out)
+        if bias is None:
+            return torch.mul(z, g, out=out)
+        return torch.lerp(_along(bias.to(dtype), axis), z, g, out=out)  # exact where g is 1
+    shift = None if bias is None else _along(bias.to(dtype), axis) * (1 - g)
     out = torch.empty_like(z) if out is None else out
     for piece, to in _pieces(axis, z, out):
         wide = piece.to(dtype).mul_(g)

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from benchmarks.measure import RESULTS, write_result
 
-from . import attaching, calling, files, importing, merging, switching
+from . import attaching, calling, dora, files, importing, merging, switching
 from .common import FULL, QUICK, Group, Row
 
 GROUPS: dict[str, Group] = {
@@ -31,6 +31,7 @@ GROUPS: dict[str, Group] = {
     "memory": attaching.measure_memory,
     "calling": calling.measure,
     "merging": merging.measure,
+    "dora": dora.measure,
     "switching": switching.measure,
     "files": files.measure,
 }

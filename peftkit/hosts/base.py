@@ -189,24 +189,26 @@ class Host(abc.ABC):
                 part.copy_(wide.addmm_(b_part, am, alpha=scale))
 
     @torch.no_grad()
-    def rescale_(self, weight: Tensor, base: Tensor, a: Tensor, b: Tensor, scale: float, gain: Tensor) -> None:
+    def rescale_(self, weight: Tensor, base: Tensor | None, a: Tensor, b: Tensor, scale: float, gain: Tensor) -> None:
         """`weight += (gain − 1) ∘ base + gain ∘ scale · BA` in place, rounded once; scratch as for `add_pair_`.
 
-        gain: one number a row of all groups together. `base` may be `weight` itself.
+        gain: one number a row of all groups together; base: None where it is what `weight` holds.
         """
         gains, dtype = gain.view(self.groups, -1, 1), torch.promote_types(weight.dtype, gain.dtype)
-        matrices = zip(self.matrices(weight), self.matrices(base), self.pair_matrices(a, b), gains, strict=True)
-        for w, w0, (am, bm), g in matrices:
-            left, right, by = bm.to(dtype) * (g * scale), am.to(dtype), (g - 1).to(dtype)
+        bases = self.matrices(weight if base is None else base)
+        for w, w0, (am, bm), g in zip(self.matrices(weight), bases, self.pair_matrices(a, b), gains, strict=True):
+            left, right, by = bm.to(dtype) * (g * scale), am.to(dtype), (g if base is None else g - 1).to(dtype)
             if w.stride(0) < w.stride(1):  # a transposed view: row by row as it lies in memory
                 w, w0, left, right, by = w.t(), w0.t(), right.t(), left.t(), by.t()
+            if base is None and w.dtype is dtype:
+                w.mul_(by).addmm_(left, right)
+                continue
             rows = max(1, _CHUNK_BYTES // (dtype.itemsize * max(1, w.shape[1])))
-            scratch = torch.empty(min(rows, w.shape[0]), w.shape[1], device=w.device, dtype=dtype)
-            for start in range(0, w.shape[0], rows):
-                at = slice(start, start + rows)
-                part = w[at]
-                wide = torch.mul(w0[at], by if len(by) == 1 else by[at], out=scratch[: len(part)])
-                part.copy_(wide.addmm_(left[at], right).add_(part))
+            scratch = torch.empty(min(rows, len(w)), w.shape[1], device=w.device, dtype=dtype)
+            parts = zip(w.split(rows), w0.split(rows), left.split(rows), by.expand(len(w), -1).split(rows), strict=True)
+            for part, part0, left_part, g_part in parts:
+                wide = torch.mul(part0, g_part, out=scratch[: len(part)]).addmm_(left_part, right)
+                part.copy_(wide if base is None else wide.add_(part))
 
     # -- what the module should compute -----------------------------------------------------------------------------
 

@@ -65,9 +65,9 @@ class ConvHost(Host):
             weight.copy_(packed)
 
     @torch.no_grad()
-    def rescale_(self, weight: Tensor, base: Tensor, a: Tensor, b: Tensor, scale: float, gain: Tensor) -> None:
+    def rescale_(self, weight: Tensor, base: Tensor | None, a: Tensor, b: Tensor, scale: float, gain: Tensor) -> None:
         packed = weight.contiguous()
-        super().rescale_(packed, base.contiguous(), a, b, scale, gain)
+        super().rescale_(packed, None if base is None else base.contiguous(), a, b, scale, gain)
         if packed is not weight:
             weight.copy_(packed)
 

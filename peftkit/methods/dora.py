@@ -32,6 +32,7 @@ from peftkit.graft import underneath
 from peftkit.holder import graft_of
 from peftkit.hosts import Host, LinearHost, host_of
 from peftkit.kept_norms import KeptNorms
+from peftkit.kernels.dora_norm import row_norms
 from peftkit.kernels.lora_linear import lora_linear
 from peftkit.kernels.rescale import rescale
 from peftkit.leading import INITS as FROM_BASE
@@ -161,6 +162,10 @@ class DoRAAdapter(PairAdapter):
     def factors(self) -> tuple[Any, Any]:
         if self.shape.pair:
             return self._parameters["lora_A"], self._parameters["lora_B"]
+        return self._no_pair()
+
+    def _no_pair(self) -> tuple[Tensor, Tensor]:
+        """A and B of rank 0."""
         a, b = self.host.pair_shapes(0)
         empty = self.lora_magnitude_vector.detach()
         return empty.new_empty(a), empty.new_empty(b)
@@ -220,7 +225,9 @@ class DoRAAdapter(PairAdapter):
 
     @torch.no_grad()
     def merge_(self, name: str, target: Tensor, base: Tensor) -> None:
-        self.host.rescale_(target, base, *self.factors(), self.scale, self.gain(base))
+        gain = self.gain(base)
+        fresh = target is base or not graft_of(self.host.module).merged  # type: ignore[union-attr]
+        self.host.rescale_(target, None if fresh else base, *self.factors(), self.scale, gain)
 
     # -- initial values -----------------------------------------------------------------------------------------------
 
@@ -232,8 +239,9 @@ class DoRAAdapter(PairAdapter):
         if self.shape.pair:
             self.draw()
         weight = self.host.base_weight
-        if not weight.is_meta:
-            self.lora_magnitude_vector.copy_(self.norms.of(self.host, weight, *self.factors(), self.scale))
+        if not weight.is_meta:  # one of the pair is zero, so the norms are those without it, to the bit
+            n, _ = row_norms(*self.host.as_matrices(weight, *self._no_pair()), self.scale)
+            self.lora_magnitude_vector.copy_(n.reshape(-1))
 
     # -- the file -----------------------------------------------------------------------------------------------------
 
