@@ -43,14 +43,14 @@ class Adapter(nn.Module):
         tensor_names: attribute of each tensor to store -> its key in the file behind the site's name.
         fast: attributes LoRA+ trains with the higher learning rate.
         replaces: it takes the host's place rather than adding to it, so that only one may act at a time.
-        gathers: nested, one would see what another has changed; so those of this class on a host are called together,
-            by `gathered`, and around all that nest.
+        gathers: other than 0 where one would see what another has changed, if they nested: those of this class on a host
+            are called together, by `gathered`, around all that nest; of two such classes, the higher around the lower.
     """
 
     tensor_names: Mapping[str, str] = {}
     fast: ClassVar[tuple[str, ...]] = ()
     replaces: ClassVar[bool] = False
-    gathers: ClassVar[bool] = False
+    gathers: ClassVar[int] = 0
 
     def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """What the host computes with this adapter; `base(*args, **kwargs)` is what it computes without.
