@@ -24,7 +24,6 @@ from peftkit.sites import Site
 class BottleneckAdapter(Adapter):
     """One bottleneck. `down: (b in)`, `up: (out b)`, `down_bias: (b)`, `up_bias: (out)`; `scale` a number or `()`."""
 
-    gathers = True
     down: nn.Parameter
     up: nn.Parameter
     down_bias: nn.Parameter | None

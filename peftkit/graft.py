@@ -50,15 +50,15 @@ def _forward_for(base: type[nn.Module]) -> Callable[..., Any]:
 
 
 def _nested(call: Callable[..., Any], acting: list[Any]) -> Callable[..., Any]:
-    """`call` with the acting adapters around it, those that gather by class outermost."""
+    """`call` with the acting adapters around it, those that gather by class outermost, whatever the order of acting."""
     gathering: dict[type, list[Any]] = {}
     for adapter in acting:
         if adapter.gathers:
             gathering.setdefault(type(adapter), []).append(adapter)
         else:
             call = functools.partial(adapter.forward, call)
-    for cls, adapters in gathering.items():
-        call = functools.partial(cls.gathered, adapters, call)  # type: ignore[attr-defined]
+    for cls in sorted(gathering, key=lambda cls: cls.gathers):  # type: ignore[attr-defined]
+        call = functools.partial(cls.gathered, gathering[cls], call)  # type: ignore[attr-defined]
     return call
 
 

@@ -44,8 +44,8 @@ class Adapter(nn.Module):
         fast: attributes LoRA+ trains with the higher learning rate.
         replaces: it takes the host's place rather than adding to it, so that only one may act at a time.
         reads_base: its change of a weight depends on the weight as it is without any adapter.
-        gathers: nested, one would see what another has changed; so those of this class on a host are called together,
-            by `gathered`, and around all that nest.
+        gathers: other than 0 where one would see what another has changed, if they nested: those of this class on a host
+            are called together, by `gathered`, around all that nest; of two such classes, the higher around the lower.
         beside: it hangs beside the sites that were chosen, see `Config.beside`, and stores nothing.
     """
 
@@ -53,7 +53,7 @@ class Adapter(nn.Module):
     fast: ClassVar[tuple[str, ...]] = ()
     replaces: ClassVar[bool] = False
     reads_base: ClassVar[bool] = False
-    gathers: ClassVar[bool] = False
+    gathers: ClassVar[int] = 0
     beside: ClassVar[bool] = False
 
     def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

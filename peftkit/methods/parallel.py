@@ -95,6 +95,8 @@ class ParallelAdapter(BottleneckAdapter):
     `arguments` are the names of what its host's forward takes.
     """
 
+    gathers = 1
+
     def __init__(self, site: Site, shape: Shape, config: ParallelAdapterConfig):
         super().__init__(site, shape, config)
         self.joins = blocks.joins_residual(site.module)

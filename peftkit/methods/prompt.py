@@ -190,7 +190,7 @@ class PromptAdapter(Adapter):
         mark: what a cache that holds the rows is known by.
     """
 
-    gathers = True
+    gathers = 1
     prompt: nn.Parameter
 
     def __init__(self, body: nn.Module, config: PromptTuningConfig, *, keep: bool):
@@ -249,7 +249,7 @@ class PromptAdapter(Adapter):
 class DecoderAdapter(Adapter):
     """On the decoder beside an encoder with a prompt: without parameters, it lets its tokens see the rows."""
 
-    gathers = True
+    gathers = 1
 
     def __init__(self, decoder: nn.Module, config: PromptTuningConfig):
         super().__init__()

@@ -90,6 +90,8 @@ class SeriesAdapterConfig(BottleneckConfig, method="series", peft_type="SERIES_A
 class SeriesAdapter(BottleneckAdapter):
     """`h + PA(h)`, for the h that its host and all other kinds of adapter there give."""
 
+    gathers = 2
+
     @classmethod
     def gathered(cls, adapters: Sequence[SeriesAdapter], base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         def change(h: Tensor) -> Tensor:
