@@ -224,6 +224,11 @@ class IA3Adapter(HostAdapter):
         assert base is not None
         return self._change(name, base).to(base.dtype)
 
+    def applied(self, name: str, weight: Tensor) -> Tensor:
+        base = without_adapters(self.host.module, name)
+        assert base is not None
+        return (weight + self._change(name, base)).to(weight.dtype)
+
     @torch.no_grad()
     def merge_(self, name: str, target: Tensor, base: Tensor) -> None:
         target.copy_(target + self._change(name, base))
