@@ -105,6 +105,7 @@ def test_the_head_is_trained_whole_beside_the_biases(tmp_path):
         for p in peftkit.parameters(model):
             p.add_(0.1)
     peftkit.save(model, tmp_path / "a")
+    assert "peft reads it" not in (tmp_path / "a" / "README.md").read_text()
     other = bert()
     peftkit.load(other, tmp_path / "a")
     x = torch.arange(6)[None]

@@ -194,7 +194,11 @@ def stacked(order: tuple[str, ...]) -> tuple[nn.Module, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("order", list(permutations(("out", "in", "lora", "bias")))[::5])
-@pytest.mark.parametrize("merged", [(), ("lora",), ("out",), ("in", "bias"), "all", "final"], ids=str)
+@pytest.mark.parametrize(
+    "merged",
+    [(), ("lora",), ("in", "bias"), ("lora", "bias", "in"), ("out", "bias", "lora"), "all", "final"],
+    ids=str,
+)
 def test_vectors_scale_the_base_alone_in_any_order_merged_or_not(order, merged):
     model, weight, bias = stacked(order)
     x = numbers(3, 5)().double()

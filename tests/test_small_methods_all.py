@@ -9,14 +9,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import evaluated
+from models import evaluated, output
 from small_helpers import ALL, grafted
 from storage_helpers import llama
 from storage_models import bert, gpt2, t5
+from test_foreign_hosts import QUANTISED
 from torch import Tensor, nn
 
 import peftkit
 from peftkit import IA3Config, LoHaConfig, LoKrConfig, TargetError
+from peftkit.methods.loha import hadamard
 from peftkit.methods.lokr import through_factors
 from peftkit.sites import walk
 
@@ -67,6 +69,23 @@ class Packed(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self.weight.to(x.dtype) / 200, self.bias)
+
+
+@every
+@pytest.mark.parametrize("make", ["bitsandbytes-8bit", "bitsandbytes-nf4", "torchao-int8"])
+def test_a_quantised_host_is_added_to(config, make):
+    model = QUANTISED[make]()
+    x = torch.randn(3, 64)
+    base = evaluated(model, x)
+    peftkit.inject(model, config)
+    assert torch.equal(evaluated(model, x), base)
+    with torch.no_grad():
+        for p in peftkit.parameters(model):
+            p.copy_(torch.randn(p.shape))
+    out = evaluated(model, x)
+    assert not torch.allclose(out, base) and bool(torch.isfinite(out).all())
+    output(model, x).square().mean().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in peftkit.parameters(model))
 
 
 @every
@@ -160,3 +179,12 @@ def test_one_factor_is_zero_at_the_start(make, init):
 def test_factors_that_make_no_sense(factor):
     with pytest.raises(ValueError, match="factor: a positive integer, or -1"):
         LoKrConfig(factor=factor)
+
+
+def test_the_hadamard_product_and_its_gradients():
+    g = torch.Generator().manual_seed(0)
+    shapes = ((4, 2), (2, 3), (4, 2), (2, 3))
+    factors = [torch.randn(s, generator=g, dtype=torch.float64, requires_grad=True) for s in shapes]
+    a, b, c, d = factors
+    assert torch.equal(hadamard(a, b, c, d), (a @ b) * (c @ d))
+    assert torch.autograd.gradcheck(hadamard, factors) and torch.autograd.gradgradcheck(hadamard, factors)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from models import evaluated, numbers, output
 from small_helpers import grafted
+from storage_helpers import tensors_of
 from torch import nn
 
 import peftkit
@@ -91,6 +92,19 @@ def test_resetting_keeps_a_pair_that_came_from_a_file(tmp_path):
     other = copy.deepcopy(other)
     peftkit.reset(other)
     assert bool((shared(other)[0] == 0.5).all())
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_a_base_without_values_yet_gets_what_the_file_says(stored, tmp_path):
+    model = models.llama()
+    peftkit.inject(model, VeRAConfig(r=3, save_projection=stored))
+    peftkit.save(model, tmp_path / "a")
+    other = models.llama().to("meta")
+    peftkit.load(other, tmp_path / "a")
+    assert all(torch.equal(a, b) for a, b in zip(shared(model), shared(other), strict=True))
+    peftkit.save(other, tmp_path / "b")
+    first, second = tensors_of(tmp_path / "a"), tensors_of(tmp_path / "b")
+    assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
 
 def test_a_pair_changed_while_merged_is_noticed():

@@ -43,6 +43,7 @@ class BitFitConfig(Config, method="bitfit"):
     dtype: torch.dtype | None = None
 
     default_targets: ClassVar[Sequence[str]] = (_EVERY,)
+    peft_reads: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -39,7 +39,7 @@ _PLACEMENT = "the projections of keys and values and the one out of the MLP"
 _KEYS_AND_VALUES = re.compile(r"([kv]|key|value)(_?proj|_lin|_layer)?|k_proj|v_proj", re.IGNORECASE)
 # several projections in one: the vector scales queries too, which as a product with the keys' adds nothing new
 _FUSED = re.compile(r"c_attn|query_key_value|w?qkv(_proj)?|in_proj", re.IGNORECASE)
-_DOWN = re.compile(r"down_proj|wo|w2|fc2|lin(ear_?)?2|c_proj|fc_out|(dense_)?4h_to_h|dense|ffn_output", re.IGNORECASE)
+_DOWN = re.compile(r"down_proj|wo|w2|fc2|lin(ear_?)?2|c_proj|fc_out|(dense_)?4h_to_h|dense", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +144,8 @@ class IA3Config(Config, method="ia3", peft_type="IA3"):
 
 def leads_out(site: Site) -> bool:
     """Whether the site's names say that it is the projection that leads out of an MLP."""
+    if any(name.endswith("ffn_output") for name in site.names):  # ALBERT's lies beside its MLP, not in one
+        return True
     return named_as("mlp", site) and any(
         _DOWN.fullmatch(last := name.rpartition(".")[2]) and (last != "dense" or name.endswith("output.dense"))
         for name in site.names
@@ -224,6 +226,11 @@ class IA3Adapter(HostAdapter):
         base = without_merged(self.host.module, name)
         assert base is not None
         return self._change(name, base).to(base.dtype)
+
+    def applied(self, name: str, weight: Tensor) -> Tensor:
+        base = without_adapters(self.host.module, name)
+        assert base is not None
+        return (weight + self._change(name, base)).to(weight.dtype)
 
     @torch.no_grad()
     def merge_(self, name: str, target: Tensor, base: Tensor) -> None:

@@ -108,12 +108,17 @@ class LoHaAdapter(FactoredAdapter):
         return a.repeat(groups, 1).reshape(shape_a), b.reshape(shape_b)
 
     def change(self) -> Tensor:
-        product: Any = _Hadamard.apply
-        return product(self.hada_w1_a * self.scale, self.hada_w1_b, self.hada_w2_a, self.hada_w2_b)
+        return hadamard(self.hada_w1_a * self.scale, self.hada_w1_b, self.hada_w2_a, self.hada_w2_b)
+
+
+def hadamard(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
+    """`(a b) ⊙ (c d)` for a, c: `(m r)` and b, d: `(r n)`, keeping these alone for the way back."""
+    apply: Any = _Hadamard.apply
+    return apply(a, b, c, d)
 
 
 class _Hadamard(torch.autograd.Function):
-    """`(a b) ⊙ (c d)`, keeping the factors alone; both products are computed again on the way back."""
+    """Both products are computed again on the way back."""
 
     @staticmethod
     def forward(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:

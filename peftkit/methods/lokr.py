@@ -5,7 +5,7 @@ the smaller. w2, and with `decompose_both` w1, is itself a product of rank r whe
 The product with an input never forms ΔW at a Linear: as `in₁ × in₂` blocks, `X ↦ w1 X w2ᵀ`.
 
 The references differ in what is zero at the start: peft's w1 (here too), or LyCORIS's w2 (`init="lycoris"`). As in
-both, alpha/r scales the product even where no factor has the rank r.
+peft, alpha/r scales the product even where neither factor is decomposed; LyCORIS's code takes 1 there.
 """
 
 from __future__ import annotations

@@ -111,7 +111,7 @@ class VeRAConfig(Config, method="vera", peft_type="VERA"):
         """
         shared: Projection = next(iter(adapters.values())).shared
         if not found and not self.save_projection:
-            shared.draw()
+            shared.draw(torch.device("cpu"))
             return
         for key, own, rank in ((_A, shared.A, 0), (_B, shared.B, 1)):
             if key not in found:
@@ -183,12 +183,12 @@ class Projection(nn.Module):
         self.stored = True
 
     @torch.no_grad()
-    def draw(self, device: torch.device | None = None) -> None:
+    def draw(self, device: torch.device) -> None:
         """Values from the seed, unless they are there or from a file; on `device` if they are on the meta device yet.
 
         Kaiming's uniform distribution with gain √2, as peft draws it: bounds ±√(6/in) for A and ±√(6/r) for B, in fp32.
         """
-        target = device if self.A.is_meta and device is not None else self.A.device
+        target = device if self.A.is_meta else self.A.device
         if target.type == "meta" or self._drawn == self._state() or (self.stored and not self.A.is_meta):
             return
         g = torch.Generator().manual_seed(self.seed)
