@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -302,6 +303,27 @@ class Own(nn.Module):
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.table
+
+
+class Recurrent(Own):
+    """One whose state may hold the rows or not, which nobody can tell."""
+
+    def forward(self, tokens: Any, inputs_embeds: Any = None, attention_mask: Any = None, mems: Any = None) -> Tensor:
+        return super().forward(tokens, inputs_embeds)
+
+
+def test_a_state_of_another_kind_is_refused():
+    with pytest.raises(TargetError, match="it keeps its state in mems"):
+        peftkit.inject(Recurrent(), PromptTuningConfig(targets=lambda name, module: isinstance(module, Recurrent)))
+
+
+def test_a_grafted_body_takes_what_it_took():
+    model = bert()
+    before = inspect.signature(model.forward)
+    peftkit.inject(model, PromptTuningConfig(length=N))
+    assert inspect.signature(model.forward) == before
+    with peftkit.disabled(model):
+        assert torch.equal(model(IDS).last_hidden_state, bert()(IDS).last_hidden_state)
 
 
 def test_a_model_of_ones_own():
