@@ -9,11 +9,13 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
 from peftkit.holder import original_class
+from peftkit.hosts import ModuleRef
 from peftkit.sites import Site
 
 # states that a forward goes on from, beside `past_key_values`: whether they hold a prompt already cannot be asked
@@ -47,6 +49,39 @@ def embedding_of(module: nn.Module) -> nn.Embedding | None:
             return found
     own = [m for m in module._modules.values() if isinstance(m, nn.Embedding)]
     return own[0] if len(own) == 1 else None
+
+
+class Body:
+    """A body and what is known of it for good.
+
+    Attributes:
+        names: what its forward takes.
+        ids: of these the token ids.
+        limit: how many positions it has learned; None where positions are computed.
+    """
+
+    def __init__(self, module: nn.Module):
+        self._ref = ModuleRef(module)
+        self.names = forward_names(module)
+        self.ids = "input_ids" if "input_ids" in self.names else self.names[0]
+        self.limit = position_limit(module)
+
+    @property
+    def module(self) -> nn.Module:
+        module = self._ref()
+        assert module is not None
+        return module
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        """That of its tokens as it is now: it may have been replaced."""
+        found = embedding_of(self.module)
+        assert found is not None
+        return found
+
+    def named(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of a call, each by its name."""
+        return dict(zip(self.names, args, strict=False)) | dict(kwargs)
 
 
 def why_no_body(module: nn.Module) -> str | None:

@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from peftkit.bodies import embedding_of, forward_names, is_causal, position_limit
+from peftkit.bodies import Body, is_causal
 
 Marks = tuple[tuple[str, int], ...]  # of each prompt its name and its number of rows
 _MARK = "_peftkit_prompts"
@@ -21,7 +21,7 @@ _DYNAMIC = "cannot take a prompt; generate with a dynamic one, cache_implementat
 
 
 def call_with(
-    rows: Tensor, marks: Marks, body: nn.Module, base: Callable[..., Any], args: Any, kwargs: Any, *, keep: bool
+    rows: Tensor, marks: Marks, body: Body, base: Callable[..., Any], args: Any, kwargs: Any, *, keep: bool
 ) -> Any:
     """What `base`, the forward of `body`, computes with `rows: n dim` before every sequence of tokens.
 
@@ -33,12 +33,10 @@ def call_with(
         ValueError: a cache that was filled without these rows, or by others; a mask or positions that do not belong to
             what the cache holds; more positions than the body has; packed sequences.
     """
-    names = forward_names(body)
-    given: dict[str, Any] = dict(zip(names, args, strict=False)) | kwargs
-    if len(args) > len(names):
+    if len(args) > len(body.names):
         return base(*args, **kwargs)  # which says what is wrong
-    ids = "input_ids" if "input_ids" in names else names[0]
-    cache = given.get("past_key_values")
+    given = body.named(args, kwargs)
+    ids, cache = body.ids, given.get("past_key_values")
     held = _held(cache, marks)
     if held is not None:
         tokens = next((t.shape[1] for t in (given.get(ids), given.get("inputs_embeds")) if t is not None), 0)
@@ -46,7 +44,7 @@ def call_with(
         return base(**given)
     if (given.get(ids) is None) == (given.get("inputs_embeds") is None):
         return base(**given)
-    total = _start(given, ids, rows, body)
+    total = _start(given, rows, body)
     out = base(**given)
     _mark(cache, out, marks)
     return out if keep else _cut(out, rows.shape[0], total)
@@ -55,18 +53,16 @@ def call_with(
 # -- the first call -----------------------------------------------------------------------------------------------------
 
 
-def _start(given: dict[str, Any], ids: str, rows: Tensor, body: nn.Module) -> int:
+def _start(given: dict[str, Any], rows: Tensor, body: Body) -> int:
     """Put the rows before the tokens; returns how many positions there are now."""
     embeds = given.get("inputs_embeds")
     if embeds is None:
-        embedding = embedding_of(body)
-        assert embedding is not None
-        embeds = embedding(given[ids])
+        embeds = body.embedding(given[body.ids])
     if embeds.dim() != 3:
         raise ValueError(f"the tokens' embeddings are {tuple(embeds.shape)}, expected (batch, tokens, dim)")
     batch, tokens, _ = embeds.shape
     n = rows.shape[0]
-    given[ids] = None
+    given[body.ids] = None
     given["inputs_embeds"] = torch.cat([rows.to(embeds).expand(batch, -1, -1), embeds], 1)
     for key, value in list(given.items()):
         if not isinstance(value, Tensor):
@@ -98,7 +94,7 @@ def _one_sequence(positions: Tensor, n: int, batch: int) -> Tensor:
     return torch.ones(batch, positions.shape[-1], device=positions.device, dtype=torch.long)
 
 
-def _lengthened(mask: Tensor, n: int, tokens: int, body: nn.Module) -> Tensor:
+def _lengthened(mask: Tensor, n: int, tokens: int, body: Body) -> Tensor:
     """The mask of the tokens as one of rows and tokens.
 
     Of four dimensions it says what each token sees, to which the rows are added: where tokens see none behind them, rows
@@ -109,7 +105,7 @@ def _lengthened(mask: Tensor, n: int, tokens: int, body: nn.Module) -> Tensor:
     allowed, hidden = _entries(mask)
     *lead, count, columns = mask.shape
     left = mask.new_full((*lead, n + count, n), allowed)
-    if is_causal(body):
+    if is_causal(body.module):
         left[..., :n, :].masked_fill_(torch.ones(n, n, dtype=torch.bool, device=mask.device).triu(1), hidden)
         above = mask.new_full((*lead, n, columns), hidden)
     else:
@@ -155,7 +151,7 @@ def _held(cache: Any, marks: Marks) -> Any:
     return held
 
 
-def _go_on(given: dict[str, Any], n: int, tokens: int, held: Any, body: nn.Module) -> None:
+def _go_on(given: dict[str, Any], n: int, tokens: int, held: Any, body: Body) -> None:
     """Move the mask and positions of further tokens past the rows that the cache holds."""
     mask, positions = given.get("attention_mask"), given.get("position_ids")
     known = not isinstance(held, Tensor)  # under torch.compile a static cache does not say
@@ -216,15 +212,15 @@ def _entries(mask: Tensor) -> tuple[Any, Any]:
     return (True, False) if mask.dtype == torch.bool else (0.0, torch.finfo(mask.dtype).min)
 
 
-def _check_limit(body: nn.Module, positions: Tensor | None, total: int, n: int) -> None:
-    limit = position_limit(body)
+def _check_limit(body: Body, positions: Tensor | None, total: int, n: int) -> None:
+    limit = body.limit
     if limit is None:
         return
     if positions is not None and not torch.compiler.is_compiling():
         total = int(positions.max()) + 1
     if total > limit:
         raise ValueError(
-            f"the prompt's {n} rows and {total - n} tokens are {total} positions, but this {type(body).__name__} has "
+            f"the prompt's {n} rows and {total - n} tokens are {total} positions, but this {type(body.module).__name__} has "
             f"learned {limit}"
         )
 
@@ -262,13 +258,13 @@ def _cut(out: Any, n: int, total: int) -> Any:
 # -- the decoder beside an encoder ----------------------------------------------------------------------------------------
 
 
-def attend_to(n: int, decoder: nn.Module, base: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+def attend_to(n: int, decoder: Body, base: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """What `base`, the forward of `decoder`, computes where `n` rows stand before the encoder's tokens: it sees them.
 
     Raises:
         ValueError: a mask of the encoder's tokens of another length than what the encoder gave.
     """
-    given: dict[str, Any] = dict(zip(forward_names(decoder), args, strict=False)) | kwargs
+    given = decoder.named(args, kwargs)
     mask, states = given.get("encoder_attention_mask"), given.get("encoder_hidden_states")
     if mask is None or states is None:
         return base(*args, **kwargs)

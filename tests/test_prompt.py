@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
+import inspect
 from typing import Any
 
 import pytest
@@ -115,6 +114,17 @@ def test_masks_of_four_dimensions(make, dtype):
     torch.testing.assert_close(found[real], expected[real])
 
 
+def test_rows_of_a_model_that_looks_both_ways_see_what_any_token_sees():
+    model = prompted(bert)
+    visible = torch.ones(6, 6).tril().bool().expand(2, 1, 6, 6) & (torch.arange(6) != 4)
+    wide = torch.ones(2, 1, N + 6, N + 6, dtype=torch.bool)
+    wide[..., N:, N:], wide[..., :N, N + 4] = visible, False
+    with peftkit.disabled(model):
+        embeds = torch.cat([rows(model).expand(2, -1, -1), model.get_input_embeddings()(IDS)], 1)
+        expected = first(model(inputs_embeds=embeds, attention_mask=wide))
+    torch.testing.assert_close(first(model(IDS, attention_mask=visible)), expected[:, N:])
+
+
 def test_positions_and_token_types():
     model = prompted()
     torch.testing.assert_close(model(IDS, position_ids=torch.arange(6)[None]).logits, model(IDS).logits)
@@ -206,71 +216,6 @@ def test_merging_is_refused():
     model = prompted()
     with pytest.raises(peftkit.NotMergeable, match="an input of the model"):
         peftkit.merge(model)
-
-
-# -- torch ----------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing(reentrant):
-    model = prompted().train()
-    expected = torch.autograd.grad(model(**RIGHT_PADDED, labels=IDS).loss, rows(model))[0]
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    model(**RIGHT_PADDED, labels=IDS).loss.backward()
-    torch.testing.assert_close(rows(model).grad, expected)
-
-
-@pytest.mark.parametrize("use_cache", [False, True])
-def test_a_training_step_compiles_into_one_graph(use_cache):
-    model = prompted().train()
-    call = torch.compile(
-        lambda x, m: model(x, attention_mask=m, labels=x, use_cache=use_cache).loss, fullgraph=True, backend="aot_eager"
-    )
-    expected = torch.autograd.grad(model(IDS, attention_mask=MASK, labels=IDS).loss, rows(model))[0]
-    found = torch.autograd.grad(call(IDS, MASK), rows(model))[0]
-    torch.testing.assert_close(found, expected)
-
-
-def test_a_step_behind_a_static_cache_compiles_into_one_graph():
-    model = prompted().eval()
-    cache = transformers.StaticCache(config=model.config, max_cache_len=12)
-    with torch.no_grad():
-        expected = model(IDS).logits
-        model(IDS[:, :3], past_key_values=cache)
-        call = torch.compile(lambda x, c: model(x, past_key_values=c).logits, fullgraph=True, backend="aot_eager")
-        for i in (3, 4, 5):
-            torch.testing.assert_close(call(IDS[:, i : i + 1], cache)[:, 0], expected[:, i])
-
-
-def test_copies_and_pickles_have_their_own_body():
-    model = prompted()
-    expected = model(IDS).logits
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(other(IDS).logits, expected)
-        with torch.no_grad():
-            other.get_input_embeddings().weight.mul_(2)
-            rows(other).mul_(2)
-        assert torch.equal(other(IDS).logits, by_hand(other, IDS, rows(other)).logits[:, N:])
-        assert torch.equal(model(IDS).logits, expected)
-
-
-def test_a_new_embedding_is_the_one_that_counts():
-    model = prompted()
-    model.resize_token_embeddings(40)
-    ids = IDS + 8
-    assert torch.equal(model(ids).logits, by_hand(model, ids, rows(model)).logits[:, N:])
-
-
-def test_autocast_and_half_precision():
-    model = llama().bfloat16()
-    peftkit.inject(model, PromptTuningConfig(length=N))
-    assert rows(model).dtype == torch.float32 and model(IDS).logits.dtype == torch.bfloat16
-    model = llama()
-    peftkit.inject(model, PromptTuningConfig(length=N))
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = model(**RIGHT_PADDED, labels=IDS).loss
-    loss.backward()
-    assert rows(model).grad.dtype == torch.float32 and bool(rows(model).grad.any())
 
 
 # -- where, and with what -------------------------------------------------------------------------------------------------
@@ -369,6 +314,27 @@ class Own(nn.Module):
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.table
+
+
+class Recurrent(Own):
+    """One whose state may hold the rows or not, which nobody can tell."""
+
+    def forward(self, tokens: Any, inputs_embeds: Any = None, attention_mask: Any = None, mems: Any = None) -> Tensor:
+        return super().forward(tokens, inputs_embeds)
+
+
+def test_a_state_of_another_kind_is_refused():
+    with pytest.raises(TargetError, match="it keeps its state in mems"):
+        peftkit.inject(Recurrent(), PromptTuningConfig(targets=lambda name, module: isinstance(module, Recurrent)))
+
+
+def test_a_grafted_body_takes_what_it_took():
+    model = bert()
+    before = inspect.signature(model.forward)
+    peftkit.inject(model, PromptTuningConfig(length=N))
+    assert inspect.signature(model.forward) == before
+    with peftkit.disabled(model):
+        assert torch.equal(model(IDS).last_hidden_state, bert()(IDS).last_hidden_state)
 
 
 def test_a_model_of_ones_own():

@@ -21,10 +21,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from peftkit.bodies import bodies_of, decoder_beside, embedding_of, position_limit, why_no_body
+from peftkit.bodies import Body, bodies_of, decoder_beside, why_no_body
 from peftkit.graft import underneath
 from peftkit.holder import graft_of
-from peftkit.hosts import ModuleRef, host_of
+from peftkit.hosts import host_of
 from peftkit.method import Adapter, Config
 from peftkit.peft_tasks import task_of
 from peftkit.prepending import attend_to, call_with
@@ -113,16 +113,14 @@ class PromptTuningConfig(Config, method="prompt", peft_type="PROMPT_TUNING"):
 
     def check(self, site: Site, plan: tuple[Site, Site | None]) -> None:
         """Refuse prompts that leave no position for a token, and tokens that the embedding does not have."""
-        limit, embedding = position_limit(site.module), embedding_of(site.module)
-        assert embedding is not None
+        body = Body(site.module)
+        limit, vocabulary = body.limit, body.embedding.num_embeddings
         if limit is not None and self.length >= limit:
             raise ValueError(
                 f"length={self.length} leaves no token a place: {site.name!r} has learned {limit} positions"
             )
-        if max(self.tokens, default=0) >= embedding.num_embeddings:
-            raise ValueError(
-                f"tokens: {max(self.tokens)} lies beyond the {embedding.num_embeddings} rows of the embedding"
-            )
+        if max(self.tokens, default=0) >= vocabulary:
+            raise ValueError(f"tokens: {max(self.tokens)} lies beyond the {vocabulary} rows of the embedding")
 
     def setup(self, model: nn.Module) -> None:
         """Refuse one stack of an encoder-decoder alone, whose other would not know of the prompt."""
@@ -191,14 +189,14 @@ class PromptAdapter(Adapter):
     """
 
     gathers = 1
+    body: Body
     prompt: nn.Parameter
 
     def __init__(self, body: nn.Module, config: PromptTuningConfig, *, keep: bool):
         super().__init__()
-        self.body, self.config, self.keep = ModuleRef(body), config, keep
+        self.body, self.config, self.keep = Body(body), config, keep
         self.mark = uuid.uuid4().hex
-        embedding = embedding_of(body)
-        assert embedding is not None
+        embedding = self.body.embedding
         host = host_of(Site("", embedding))
         dtype = config.dtype or (host.dtype if host.dtype.itemsize >= 4 else torch.float32)
         self.prompt = nn.Parameter(torch.empty(config.length, embedding.embedding_dim, dtype=dtype, device=host.device))
@@ -210,13 +208,11 @@ class PromptAdapter(Adapter):
     def gathered(cls, adapters: Sequence[PromptAdapter], base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Prompts beside each other are one: a cache, masks and positions know of their rows together."""
         first = adapters[0]
-        body = first.body()
-        assert body is not None
         rows = first.prompt
         if len(adapters) > 1:
             rows = torch.cat([a.prompt.to(rows) for a in reversed(adapters)])
         marks = tuple((a.mark, a.prompt.shape[0]) for a in adapters)
-        return call_with(rows, marks, body, base, args, kwargs, keep=first.keep)
+        return call_with(rows, marks, first.body, base, args, kwargs, keep=first.keep)
 
     def why_not_merge(self) -> str:
         return "its rows are an input of the model, which no weight holds"
@@ -224,9 +220,7 @@ class PromptAdapter(Adapter):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """As `tokens` and `init` say."""
-        body, config = self.body(), self.config
-        embedding = embedding_of(body) if body is not None else None
-        assert embedding is not None
+        embedding, config = self.body.embedding, self.config
         device = host_of(Site("", embedding)).device
         if device.type == "meta":
             return
@@ -250,19 +244,18 @@ class DecoderAdapter(Adapter):
     """On the decoder beside an encoder with a prompt: without parameters, it lets its tokens see the rows."""
 
     gathers = 1
+    decoder: Body
 
     def __init__(self, decoder: nn.Module, config: PromptTuningConfig):
         super().__init__()
-        self.decoder, self.config = ModuleRef(decoder), config
+        self.decoder, self.config = Body(decoder), config
 
     def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return self.gathered([self], base, *args, **kwargs)
 
     @classmethod
     def gathered(cls, adapters: Sequence[DecoderAdapter], base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        decoder = adapters[0].decoder()
-        assert decoder is not None
-        return attend_to(sum(a.config.length for a in adapters), decoder, base, args, kwargs)
+        return attend_to(sum(a.config.length for a in adapters), adapters[0].decoder, base, args, kwargs)
 
     def why_not_merge(self) -> str:
         return "it has no weight of its own"
