@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -22,16 +23,15 @@ class PrefixedCalls(TorchFunctionMode):
     def __init__(self, prefixes: Sequence[KeyValues]):
         super().__init__()
         self.prefixes = prefixes
-        self.used = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            self.used = True
             return _attend(self.prefixes, *args, **kwargs)
         if func is F.multi_head_attention_forward:
-            self.used = True
             return multi_head_attention(self.prefixes, *args, **kwargs)
+        if func is torch.Tensor.unflatten:  # written in Python, it calls super(), which torch.compile cannot trace here
+            return args[0].unflatten(*args[1:], **kwargs)
         return func(*args, **kwargs)
 
 

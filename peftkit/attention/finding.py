@@ -20,7 +20,7 @@ Kind = Literal["interface", "call", "multihead"]
 
 INTERFACE = "ALL_ATTENTION_FUNCTIONS"  # what transformers' modelling files call attention through
 _PRETRAINED = "transformers.modeling_utils"  # whose base class names the interface without attending
-_KEYS = ("k_proj", "key", "k", "key_proj", "k_lin", "to_k", "wk", "lin_k")
+_KEYS = ("k_proj", "key", "k", "key_proj", "k_lin", "to_k", "wk", "lin_k", "k_head")
 _FUSED = ("qkv", "qkv_proj", "in_proj", "c_attn", "query_key_value", "Wqkv", "wqkv", "to_qkv", "qkv_linear")
 _HEAD_DIMS = ("qk_head_dim", "head_dim", "attention_head_size", "key_value_proj_dim", "head_size", "dim_head", "d_head")
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head", "kv_heads")
@@ -61,7 +61,7 @@ def why_no_attention(site: Site) -> str | None:
         if _looks_like_attention(module):
             return (
                 f"this {name} computes attention by products of its own, which cannot be reached: neither through "
-                "transformers' attention interface nor by F.scaled_dot_product_attention; exclude it, or let its "
+                "transformers' attention interface nor by F.scaled_dot_product_attention; let its "
                 "forward call F.scaled_dot_product_attention"
             )
         return f"it is a {name}, no attention"
@@ -76,7 +76,7 @@ def unreachable(site: Site) -> bool:
 
 def _looks_like_attention(module: nn.Module) -> bool:
     """By its class's name and the projections it owns."""
-    own = module._modules
+    own = {**module._modules, **module._parameters}
     return bool(re.search(r"attention|attn", original_class(module).__name__, re.I)) and any(
         name in own for name in (*_KEYS, *_FUSED)
     )

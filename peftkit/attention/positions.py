@@ -41,7 +41,7 @@ def position_sites(everything: Sequence[Site], attentions: Sequence[Site]) -> li
     A module gives positions to all that lies in the nearest block around it that holds an attention.
     """
     names = [s.name for s in everything if s.part is None and kind_of(s.module) is not None]
-    own = [s.name for s in attentions if not is_cross(s) and not _sees_images(s.module)]
+    own = [s.name for s in attentions if not is_cross(s) and not _has_all_positions(s.module)]
     found = []
     for site in everything:
         if site.part is not None or not _takes_positions(site):
@@ -58,9 +58,11 @@ def _within(name: str, block: str) -> bool:
     return not block or name == block or name.startswith(block + ".")
 
 
-def _sees_images(module: nn.Module) -> bool:
-    """Patches of an image have all positions there are."""
-    return getattr(getattr(module, "config", None), "image_size", None) is not None
+def _has_all_positions(module: nn.Module) -> bool:
+    """Whether it attends to an image or a recording, whose patches or frames have all positions that there are."""
+    config = getattr(module, "config", None)
+    recording = getattr(config, "max_source_positions", None) is not None and not getattr(module, "is_decoder", True)
+    return recording or getattr(config, "image_size", None) is not None
 
 
 def _takes_positions(site: Site) -> bool:

@@ -24,25 +24,25 @@ class Prefixing(KeyValues):
         prefixes = acting(module._modules["peftkit"])
         if prefixes[0] is not self:  # the first of several puts them all in front
             return base(*args, **kwargs)
-        if self.kind == "interface":
-            if self.bias is not None:
-                kwargs[PAST] = _past(module, kwargs.get("past_key_values"))
-            if torch.compiler.is_compiling():
-                return base(*args, **kwargs)
-            thread.used.discard(id(self))
-            result = base(*args, **kwargs)
-            used = id(self) in thread.used
-        else:
-            with PrefixedCalls(prefixes) as calls:
-                result = base(*args, **kwargs)
-            used = calls.used
-        if not used:
+        if self.bias is not None:
+            kwargs[PAST] = _past(module, kwargs.get("past_key_values"))
+        if torch.compiler.is_compiling():
+            return self._attending(prefixes, base, *args, **kwargs)
+        thread.used.discard(id(self))
+        result = self._attending(prefixes, base, *args, **kwargs)
+        if id(self) not in thread.used:
             raise RuntimeError(
                 f"{self.where!r} has computed without its prefix: in this forward its {type(module).__name__} calls "
                 f"neither transformers' attention interface nor F.scaled_dot_product_attention; exclude={self.where!r}, "
                 "or let it use them (in transformers, set_attn_implementation('sdpa'))"
             )
         return result
+
+    def _attending(self, prefixes: list[KeyValues], base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self.kind == "interface":
+            return base(*args, **kwargs)
+        with PrefixedCalls(prefixes):
+            return base(*args, **kwargs)
 
 
 def _past(module: Any, cache: Any) -> Any:

@@ -99,8 +99,8 @@ class PrefixTuningConfig(Config, method="prefix", peft_type=PEFT_TYPE):
                 return False
             if attention.unreachable(site):
                 raise TargetError(
-                    f"{site.name!r} matches 'attention', but {attention.why_no_attention(site)}; or name the attentions "
-                    "to adapt with targets="
+                    f"{site.name!r} matches 'attention', but {attention.why_no_attention(site)}; or name the others "
+                    "with targets="
                 )
             return attention.why_no_attention(site) is None
 
