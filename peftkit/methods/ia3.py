@@ -228,7 +228,7 @@ class IA3Adapter(HostAdapter):
         return self._change(name, base).to(base.dtype)
 
     def applied(self, name: str, weight: Tensor) -> Tensor:
-        base = without_adapters(self.host.module, name)
+        base = without_merged(self.host.module, name)
         assert base is not None
         return (weight + self._change(name, base)).to(weight.dtype)
 
