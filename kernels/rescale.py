@@ -66,9 +66,9 @@ def _scaled(z: Tensor, gain: Tensor, bias: Tensor | None, axis: int, out: Tensor
 def _pieces(axis: int, *tensors: Tensor) -> Any:
     """The tensors in step, some rows of features at a time where those lie along the last axis of a CPU's memory."""
     first = tensors[0]
-    if axis != -1 or not first.is_cpu or first.numel() <= PIECE or not all(t.is_contiguous() for t in tensors):
+    if axis != -1 or not first.is_cpu or not all(t.is_contiguous() for t in tensors):
         return (tensors,)
-    rows = max(1, PIECE // first.shape[-1])
+    rows = max(1, PIECE // max(1, first.shape[-1]))
     return zip(*(t.view(-1, t.shape[-1]).split(rows) for t in tensors), strict=True)
 
 
@@ -107,22 +107,28 @@ def _gradients_in_pieces(
     dtype = torch.promote_types(dy.dtype, torch.float32)
     g = _along(gain.to(dtype), axis)
     c = None if bias is None else _along(bias.to(dtype), axis)
-    dz = torch.empty_like(dy) if z_needs else None
+    dz = torch.empty_like(dy)  # also where products are made on the way to dg
     dgain = None if z is None else g.new_zeros(gain.shape)
-    for dy_piece, z_piece, dz_piece in _pieces(axis, dy, dy if z is None else z, dy if dz is None else dz):
+    for dy_piece, z_piece, dz_piece in _pieces(axis, dy, dy if z is None else z, dz):
+        if dy.dtype is dtype:
+            if dgain is not None:
+                torch.mul(z_piece if c is None else torch.sub(z_piece, c, out=dz_piece), dy_piece, out=dz_piece)
+                dgain += _summed(dz_piece, axis)
+            if z_needs:
+                torch.mul(dy_piece, g, out=dz_piece)
+            continue
         wide = dy_piece.to(dtype)
         if dgain is not None:
-            part = z_piece.to(dtype) if c is None else torch.sub(z_piece, c)
-            dgain += _summed(part.mul_(wide) if part is not z_piece else part * wide, axis)
-        if dz is not None:
-            if wide is dy_piece:
-                torch.mul(wide, g, out=dz_piece)
-            else:
-                dz_piece.copy_(wide.mul_(g))
-    return dz, None if dgain is None else dgain.to(gain.dtype)
+            part = z_piece.to(dtype)
+            dgain += _summed((part if c is None else part.sub_(c)).mul_(wide), axis)
+        if z_needs:
+            dz_piece.copy_(wide.mul_(g))
+    return dz if z_needs else None, None if dgain is None else dgain.to(gain.dtype)
 
 
 def _summed(t: Tensor, axis: int) -> Tensor:
     """Over all axes but `axis`."""
+    if axis == -1 and t.is_cpu and t.dim() == 2:
+        return (t.new_ones(1, len(t)) @ t)[0]  # on a CPU half the time of `sum`
     others = [i for i in range(t.dim()) if i != t.dim() + axis]
     return t.sum(others) if others else t

@@ -56,8 +56,8 @@ class KeptNorms:
             found, squares = row_norms(*host.as_matrices(weight.detach(), a.detach(), b.detach()), scale, squares)
             norms = found.reshape(-1)
             sample = _sample(weight).clone()
-            copies = [t.detach().clone(memory_format=torch.contiguous_format) for t in (a, b)]
-        self._kept = _Kept(weakref.ref(weight), _state(weight), sample, *copies, scale, squares, norms)
+            own_a, own_b = (t.detach().clone(memory_format=torch.contiguous_format) for t in (a, b))
+        self._kept = _Kept(weakref.ref(weight), _state(weight), sample, own_a, own_b, scale, squares, norms)
         return norms
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KeptNorms:
@@ -85,7 +85,7 @@ def _same(kept: Tensor, now: Tensor) -> bool:
     """Whether every bit is the same, which as whole words takes half as long to ask as number by number."""
     if kept.dtype is not now.dtype or kept.shape != now.shape or kept.device != now.device:
         return False
-    words = now.is_contiguous() and now.numel() and not (now.shape[-1] | now.storage_offset()) * now.itemsize % 8
-    if not words:
+    ends = now.shape[-1] * now.itemsize % 8, int(now.storage_offset()) * now.itemsize % 8
+    if any(ends) or not now.numel() or not now.is_contiguous():
         return torch.equal(kept, now)
     return torch.equal(kept.view(torch.int64), now.detach().view(torch.int64))
