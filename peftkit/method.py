@@ -155,6 +155,7 @@ class Config:
 
     method: ClassVar[str] = ""
     peft_type: ClassVar[str] = ""
+    peft_reads: ClassVar[bool] = True  # whether peft knows the method, which the page beside a saved adapter says
     default_targets: ClassVar[Sequence[str]] = ("all-linear",)
 
     def __init_subclass__(cls, *, method: str | None = None, peft_type: str | None = None, **kwargs: Any) -> None:

@@ -45,7 +45,7 @@ def save(model: nn.Module, attachment: Attachment, path: str | os.PathLike[str])
         tensorfile.write(fresh / layout.TENSORS, tensors, metadata)
         (fresh / layout.CONFIG).write_text(json.dumps(peft, indent=2, sort_keys=True) + "\n", "utf-8")
         if not (Path(path) / layout.README).exists():
-            (fresh / layout.README).write_text(_readme(peft, tensors), "utf-8")
+            (fresh / layout.README).write_text(_readme(peft, tensors, attachment.config.peft_reads), "utf-8")
 
 
 def _adapted(attachment: Attachment) -> dict[str, Site]:
@@ -114,13 +114,18 @@ def _config(
     return config
 
 
-def _readme(config: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+def _readme(config: dict[str, Any], tensors: dict[str, Tensor], peft_reads: bool) -> str:
     base = config["base_model_name_or_path"]
     count = sum(t.numel() for t in tensors.values())
-    head = "---\nlibrary_name: peft\ntags:\n- peftkit\n" + (f"base_model: {base}\n" if base else "") + "---\n\n"
+    head = (
+        f"---\nlibrary_name: {'peft' if peft_reads else 'peftkit'}\ntags:\n- peftkit\n"
+        + (f"base_model: {base}\n" if base else "")
+        + "---\n\n"
+    )
     return (
         f"{head}# Adapter\n\n{config['peft_type']}, {count:,} parameters"
         f"{f' on {base}' if base else ''}. Load it into the base model:\n\n"
-        '```python\nimport peftkit\npeftkit.load(model, "path/to/this/directory")\n```\n\n'
-        'peft reads it as well: `PeftModel.from_pretrained(model, "path/to/this/directory")`.\n'
+        '```python\nimport peftkit\npeftkit.load(model, "path/to/this/directory")\n```\n'
+    ) + (
+        '\npeft reads it as well: `PeftModel.from_pretrained(model, "path/to/this/directory")`.\n' if peft_reads else ""
     )
