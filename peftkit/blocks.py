@@ -128,8 +128,11 @@ def joins_residual(module: nn.Module) -> bool:
 
 
 def arguments(module: nn.Module) -> list[inspect.Parameter]:
-    """What the module's forward takes."""
-    return list(inspect.signature(original_class(module).forward).parameters.values())[1:]
+    """What the module's forward takes; nothing where that cannot be told, as of a compiled one."""
+    try:
+        return list(inspect.signature(original_class(module).forward).parameters.values())[1:]
+    except (TypeError, ValueError):
+        return []
 
 
 def everything_in(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -76,6 +76,7 @@ class BottleneckConfig(Config):
     dtype: torch.dtype | None = None
     size: Size | Mapping[str, Size] | None = None
 
+    peft_reads: ClassVar[bool] = False
     default_targets: ClassVar[Sequence[str]] = ("mlp",)
 
     def __post_init__(self) -> None:

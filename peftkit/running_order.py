@@ -34,8 +34,11 @@ def in_order(module: nn.Module) -> list[nn.Module]:
 
 
 @functools.cache
-def _called(cls: type, method: str) -> tuple[str, ...]:
-    """Names of what a method calls on `self`, in the order the calls are evaluated; its own methods are followed."""
+def _called(cls: type, method: str, above: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """Names of what a method calls on `self`, in the order the calls are evaluated; its own methods are followed.
+
+    `above` are the methods that lead here: one that calls itself, or its caller, is not entered again.
+    """
     try:
         source = textwrap.dedent(inspect.getsource(inspect.unwrap(getattr(cls, method))))
         tree = ast.parse(source)
@@ -49,10 +52,11 @@ def _called(cls: type, method: str) -> tuple[str, ...]:
             if child is not called or not isinstance(child, ast.Attribute):
                 visit(child)
         if isinstance(called, ast.Attribute) and isinstance(called.value, ast.Name) and called.value.id == "self":
-            own = getattr(cls, called.attr, None)
-            names.extend(
-                _called(cls, called.attr) if inspect.isfunction(own) and called.attr != method else [called.attr]
-            )
+            name = called.attr
+            if not inspect.isfunction(getattr(cls, name, None)):
+                names.append(name)
+            elif name not in (method, *above):
+                names.extend(_called(cls, name, (method, *above)))
         elif isinstance(called, ast.Attribute):
             visit(called.value)
 

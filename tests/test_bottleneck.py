@@ -150,7 +150,8 @@ def test_dropout_comes_after_the_activation_and_in_training_alone(cls):
     peftkit.inject(model, cls(bottleneck=4, activation="sigmoid", dropout=0.5, targets="mlp"))
     draw(model)
     a, z = model[0].mlp.peftkit.default, h if cls is SeriesAdapterConfig else x
-    evaluated_ = block(x)
+    whole = h + beside(model, "0.mlp", z, "sigmoid", 1.0)
+    torch.testing.assert_close(block(x), whole, rtol=1e-10, atol=1e-10)
     model.train()
     torch.manual_seed(7)
     found = block(x)
@@ -158,7 +159,7 @@ def test_dropout_comes_after_the_activation_and_in_training_alone(cls):
     hidden = F.dropout(torch.sigmoid(z @ a.down.T + a.down_bias), 0.5)
     assert (hidden == 0).any()
     torch.testing.assert_close(found, h + hidden @ a.up.T + a.up_bias, rtol=1e-10, atol=1e-10)
-    assert not torch.allclose(found, evaluated_)
+    assert not torch.allclose(found, whole)
 
 
 def test_gradients_are_those_of_the_formula():

@@ -244,6 +244,7 @@ def test_a_file_that_another_program_wrote_again_means_the_same(cls, scale, tmp_
 @every
 def test_another_base_is_noticed_by_what_lies_in_a_block(cls, tmp_path):
     peftkit.save(adapted(llama(), cls, "mlp"), tmp_path / "a")
+    assert "peft reads" not in (tmp_path / "a" / "README.md").read_text()
     other = llama()
     with torch.no_grad():
         other.model.layers[1].mlp.gate_proj.weight.neg_()
