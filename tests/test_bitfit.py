@@ -83,6 +83,18 @@ def test_a_model_without_biases_has_nothing_to_train():
     assert list(grafted(half)) == ["1"]
 
 
+def test_a_linear_whose_weight_is_computed_has_a_bias_all_the_same():
+    model = nn.Sequential(torch.nn.utils.spectral_norm(nn.Linear(3, 3))).eval()
+    x = torch.randn(2, 3)
+    before = evaluated(model, x)
+    peftkit.inject(model, BitFitConfig())
+    with torch.no_grad():
+        peftkit.parameters(model)[0].fill_(0.5)
+    torch.testing.assert_close(evaluated(model, x), before + 0.5)
+    with pytest.raises(peftkit.NotMergeable, match="may not compute"):
+        peftkit.merge(model)
+
+
 def test_a_bias_that_is_used_in_an_unknown_way_is_refused():
     class Odd(nn.Module):
         def __init__(self) -> None:

@@ -70,6 +70,7 @@ METHODS: dict[str, tuple[Config, Any]] = {
     "vera": (VeRAConfig(r=3, seed=4), vera),
     "bitfit": (BitFitConfig(), lambda weight, t: weight),
     "loha-pair": (LoHaConfig(r=1, alpha=3.0), loha(3.0)),
+    "loha-pair-2": (LoHaConfig(r=2, alpha=3.0), loha(1.5)),  # through a pair at the grouped convolution
     "loha-dense": (LoHaConfig(r=5, alpha=3.0), loha(0.6)),
     "lokr": (LoKrConfig(r=1, alpha=3.0), lokr(3.0)),
     "lokr-both": (LoKrConfig(r=1, alpha=3.0, factor=3, decompose_both=True), lokr(3.0)),
@@ -87,7 +88,7 @@ HOSTS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "linear": (lambda: nn.Sequential(nn.Linear(12, 6)), numbers(2, 3, 12)),
     "Conv1D": (hf_conv1d, numbers(2, 3, 12)),
     "conv1d": (lambda: nn.Sequential(nn.Conv1d(6, 4, 3, padding=1)), numbers(2, 6, 7)),
-    "conv2d": (lambda: nn.Sequential(nn.Conv2d(8, 6, 3, groups=2, stride=2)), numbers(2, 8, 7, 7)),
+    "conv2d": (lambda: nn.Sequential(nn.Conv2d(8, 24, 3, groups=2, stride=2)), numbers(2, 8, 7, 7)),
     "conv2d-circular": (lambda: nn.Sequential(nn.Conv2d(6, 4, 3, padding=1, padding_mode="circular")), numbers(6, 5, 5)),
     "conv3d": (lambda: nn.Sequential(nn.Conv3d(2, 4, 2)), numbers(1, 2, 4, 4, 4)),
 }  # fmt: skip

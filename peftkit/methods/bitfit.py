@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules import batchnorm, conv, instancenorm
 
 from peftkit.holder import original_class
-from peftkit.hosts import Host, ModuleRef, host_class, host_of, is_hf_conv1d
+from peftkit.hosts import Host, ModuleRef, host_of, is_hf_conv1d, why_no_host
 from peftkit.method import Adapter, Config
 from peftkit.sites import Site
 from peftkit.targets import Patterns, TargetError
@@ -120,7 +120,10 @@ def _dimensions_behind(module: nn.Module, dim: int) -> int | None:
 
 
 class BitFitAdapter(Drawn):
-    """One δ, of the bias's shape; of an `nn.MultiheadAttention` with separate weights, of a projection's part of it."""
+    """One δ, of the bias's shape; of an `nn.MultiheadAttention` with separate weights, of a projection's part of it.
+
+    It is added to the output. A subclass that does more after adding its bias gets δ behind that, and cannot be merged.
+    """
 
     tensor_names = {"delta_bias": "bitfit_bias"}
     ref: ModuleRef
@@ -134,7 +137,7 @@ class BitFitAdapter(Drawn):
         rows = bias_rows(site)
         vars(self).update(
             ref=ModuleRef(site.module),
-            host=host_of(site) if host_class(site) is not None else None,
+            host=host_of(site) if why_no_host(site) is None else None,
             bias_name=site.bias_name,
             rows=rows,
             merges=(site.bias_name,),
