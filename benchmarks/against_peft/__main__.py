@@ -22,7 +22,7 @@ from rich.table import Table
 
 from benchmarks.measure import RESULTS, write_result
 
-from . import attaching, calling, files, importing, merging, switching
+from . import attaching, calling, files, importing, merging, prefix, switching
 from .common import FULL, QUICK, Group, Row
 
 GROUPS: dict[str, Group] = {
@@ -33,6 +33,7 @@ GROUPS: dict[str, Group] = {
     "merging": merging.measure,
     "switching": switching.measure,
     "files": files.measure,
+    "prefix": prefix.measure,
 }
 
 
