@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("peft")
 
-from benchmarks.against_peft import attaching, calling, files, importing, merging, switching
+from benchmarks.against_peft import attaching, calling, files, importing, merging, prefix, switching
 from benchmarks.against_peft.__main__ import GROUPS, figure, table
 from benchmarks.against_peft.common import FULL, QUICK, TINY, Row
 
@@ -17,6 +17,7 @@ IN_PROCESS = {
     "merging": (merging.measure, 10),
     "switching": (switching.measure, 4),
     "files": (files.measure, 3),
+    "prefix": (prefix.measure, 2),
 }
 IN_OTHERS = {"memory": (attaching.measure_memory, 2), "importing": (importing.measure, 2)}
 

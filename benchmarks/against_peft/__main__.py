@@ -22,7 +22,7 @@ from rich.table import Table
 
 from benchmarks.measure import RESULTS, write_result
 
-from . import attaching, calling, dora, files, importing, merging, switching
+from . import attaching, calling, dora, files, importing, merging, prefix, switching
 from .common import FULL, QUICK, Group, Row
 
 GROUPS: dict[str, Group] = {
@@ -34,6 +34,7 @@ GROUPS: dict[str, Group] = {
     "dora": dora.measure,
     "switching": switching.measure,
     "files": files.measure,
+    "prefix": prefix.measure,
 }
 
 
