@@ -232,8 +232,11 @@ class Config:
         """Its part of `adapter_config.json`, for the adapters by module path."""
         raise NotImplementedError(f"{type(self).__name__} cannot be saved yet")
 
-    def peft_task(self, model: nn.Module) -> str | None:
-        """peft's `task_type`, where its wrapper for a task is what computes the method; see `peftkit.peft_tasks`."""
+    def peft_task(self, model: nn.Module, whole: Sequence[str]) -> str | None:
+        """peft's `task_type`, where its wrapper for a task is what computes the method; see `peftkit.peft_tasks`.
+
+        `whole` names the modules that are saved whole.
+        """
         return None
 
     key_prefix: ClassVar[str] = "base_model.model."  # of the keys of sites; what peft computes outside wraps once less

@@ -17,14 +17,6 @@ from peftkit.sites import Site
 
 PEFT_TYPE = "PREFIX_TUNING"
 PACKED = "prompt_embeddings"
-_TASKS = {
-    "ForCausalLM": "CAUSAL_LM",
-    "LMHeadModel": "CAUSAL_LM",
-    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
-    "ForSequenceClassification": "SEQ_CLS",
-    "ForTokenClassification": "TOKEN_CLS",
-    "ForQuestionAnswering": "QUESTION_ANS",
-}
 _DECODER = re.compile(r"(.*\.)?decoder\..*")
 _CROSS_NAMES = re.compile(r".*(cross|[Ee]nc(oder)?_?([Dd]ec|[Aa]ttn)).*")
 
@@ -46,7 +38,6 @@ def settings(config: Any, adapters: Mapping[str, Any]) -> dict[str, Any] | None:
     if not _shared_are_equal(adapters):
         return None
     width = first.sizes.heads * first.sizes.key
-    task = next((t for end, t in _TASKS.items() if first.base_class.endswith(end)), "FEATURE_EXTRACTION")
     return {
         "encoder_hidden_size": config.reparametrize or width,
         "init_weights": "zero" if config.init == "zero" else None,
@@ -55,7 +46,6 @@ def settings(config: Any, adapters: Mapping[str, Any]) -> dict[str, Any] | None:
         "num_transformer_submodules": 2 if both else 1,
         "num_virtual_tokens": config.length,
         "prefix_projection": False,
-        "task_type": "SEQ_2_SEQ_LM" if both else task,
         "token_dim": width,
     }
 

@@ -6,12 +6,11 @@ such an adapter and leave it out.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from torch import nn
 
 from peftkit.holder import original_class
-from peftkit.targets import Pattern, Patterns
 
 _TASKS = (
     ("ForSequenceClassification", "SEQ_CLS"),
@@ -24,11 +23,11 @@ _TASKS = (
 _HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
 
-def task_of(model: nn.Module, saved: Iterable[Pattern]) -> str | None:
+def task_of(model: nn.Module, saved: Sequence[str]) -> str | None:
     """By the name that transformers gives a class of models; None where it is none of those that peft wraps.
 
     Args:
-        saved: patterns of modules whose weights lie in the file. For the tasks with a head peft wants the head's there;
+        saved: names of modules whose weights lie in the file. For the tasks with a head peft wants the head's there;
             where they are not, it is told to extract features, whose wrapper gives out all that the model does.
     """
     name = original_class(model).__name__
@@ -37,6 +36,5 @@ def task_of(model: nn.Module, saved: Iterable[Pattern]) -> str | None:
     ):
         return "SEQ_2_SEQ_LM"
     task = next((task for ending, task in _TASKS if name.endswith(ending)), None)
-    patterns = Patterns(saved)
     wanted = [n for n, _ in model.named_modules() if n.endswith(_HEADS.get(task or "", ("no head",)))]
-    return task if all(patterns.matching(n) for n in wanted) else "FEATURE_EXTRACTION"
+    return task if set(wanted) <= set(saved) else "FEATURE_EXTRACTION"

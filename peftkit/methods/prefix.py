@@ -26,9 +26,9 @@ from torch import Tensor, nn
 
 from peftkit import attention, ledger
 from peftkit.attention import Prefixing, Sizes
-from peftkit.holder import original_class
 from peftkit.method import Adapter, Config
 from peftkit.peft_prefix import PACKED, PEFT_TYPE, places, read_config, settings
+from peftkit.peft_tasks import task_of
 from peftkit.sites import Site
 from peftkit.targets import TargetError
 
@@ -128,7 +128,7 @@ class PrefixTuningConfig(Config, method="prefix", peft_type=PEFT_TYPE):
     def beside(self, everything: Sequence[Site], adapters: Mapping[str, Any]) -> Mapping[Site, Adapter]:
         root = everything[0].module
         for adapter in adapters.values():
-            adapter.base_class, adapter.base_config = original_class(root).__name__, getattr(root, "config", None)
+            adapter.base_config = getattr(root, "config", None)
         if not self.shift_positions:
             return {}
         attention.find_biases(everything, adapters)
@@ -176,6 +176,9 @@ class PrefixTuningConfig(Config, method="prefix", peft_type=PEFT_TYPE):
         for place, adapter in zip(at, adapters.values(), strict=True):
             adapter.hold(pairs[place])
 
+    def peft_task(self, model: nn.Module, whole: Sequence[str]) -> str | None:
+        return task_of(model, whole)
+
     def to_peft(self, adapters: Mapping[str, Adapter]) -> dict[str, Any]:
         return settings(self, adapters) or {"peft_type": OWN_TYPE, "num_virtual_tokens": self.length}
 
@@ -221,7 +224,7 @@ class Prefix(Prefixing):
         assert kind is not None
         super().__init__(site, kind, config.length, config.shift_positions)
         self.sizes, self.init, self.offset = plan.sizes[site.name], config.init, plan.offsets[site.name]
-        self.base_class, self.base_config = "", None
+        self.base_config = None
         self.source = plan.source
         if plan.source is None:
             like = _like(site.module)

@@ -158,8 +158,8 @@ class PromptTuningConfig(Config, method="prompt", peft_type="PROMPT_TUNING"):
             raise ValueError(f"{_KEY} is {rows.dtype} of shape {tuple(rows.shape)}, expected floats of {expected}")
         adapter.take("prompt", rows)
 
-    def peft_task(self, model: nn.Module) -> str | None:
-        return task_of(model, self.also_train)
+    def peft_task(self, model: nn.Module, whole: Sequence[str]) -> str | None:
+        return task_of(model, whole)
 
     def to_peft(self, adapters: Mapping[str, Adapter]) -> dict[str, Any]:
         return {

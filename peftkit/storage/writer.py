@@ -104,7 +104,7 @@ def _config(
         "modules_to_save": whole or None,
         "revision": None,
         "target_modules": layout.target_modules(adapted.values(), everything),
-        "task_type": attachment.config.peft_task(model),
+        "task_type": attachment.config.peft_task(model, whole),
         **attachment.config.to_peft(by_path),
     }
     if not any(attachment.adapters[name].stored_shapes() for name in adapted):
