@@ -157,6 +157,15 @@ def test_a_decoder_with_an_odd_number_of_layers_is_what_peft_can_read(tmp_path):
     assert torch.equal(call(again), call(ours))
 
 
+def test_a_table_that_counts_positions_itself_counts_behind_the_prefix():
+    model = bart()
+    peftkit.inject(model, PrefixTuningConfig(length=P, targets="encoder.**.self_attn"))
+    encoder, decoder = model.model.encoder.embed_positions, model.model.decoder.embed_positions
+    assert torch.equal(encoder(IDS)[0], encoder.weight[2 + P : 8 + P])
+    assert torch.equal(encoder(IDS, 3)[0], encoder.weight[5 + P : 11 + P])
+    assert torch.equal(decoder(IDS)[0], decoder.weight[2:8])  # whose attention has no prefix
+
+
 def test_a_tensor_of_another_model_is_named_and_the_model_stays(tmp_path):
     model = models.llama()
     peftkit.inject(model, PrefixTuningConfig(length=P))
