@@ -30,10 +30,9 @@ def settings(config: Any, adapters: Mapping[str, Any]) -> dict[str, Any] | None:
     if any(a.kind != "interface" or is_cross(Site(path, a.module())) for path, a in adapters.items()):
         return None
     both = bool(getattr(base, "is_encoder_decoder", False))
-    text = base.get_text_config(decoder=True) if both else base.get_text_config()
-    layers = getattr(text, "num_decoder_layers", None) or getattr(text, "decoder_layers", None) if both else None
-    layers = layers or getattr(text, "num_hidden_layers", None)
-    if len(adapters) != layers or (both and not all(_DECODER.fullmatch(path) for path in adapters)):
+    layers = getattr(base if both else base.get_text_config(), "num_hidden_layers", None)
+    deep = next((n for k in ("num_decoder_layers", "decoder_layers") if both and (n := getattr(base, k, None))), layers)
+    if not len(adapters) == layers == deep or (both and not all(_DECODER.fullmatch(path) for path in adapters)):
         return None
     if not _shared_are_equal(adapters):
         return None

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import peftkit
 from peftkit import LoRAConfig, PrefixTuningConfig, TargetError
+from peftkit.methods.prefix import start_from_tokens
 
 P, WIDTH, HEADS = 3, 8, 2
 
@@ -176,6 +177,13 @@ def test_attention_written_by_hand(repeats):
     torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(X), model(X))
 
 
+def test_heads_that_a_module_repeats_are_taken_once_from_real_tokens():
+    base = nn.Sequential(nn.Embedding(9, WIDTH), Written()).double()
+    model, first, rest = prefixed(copy.deepcopy(base)), torch.tensor([[4, 5, 6]]), torch.tensor([[1, 2, 7, 3]])
+    start_from_tokens(model, first)
+    torch.testing.assert_close(model(rest), base(torch.cat([first, rest], 1))[:, P:])
+
+
 def test_an_attention_that_went_past_its_prefix_is_named():
     model = prefixed(nn.Sequential(Written().double()))
     model[0].fused = False
@@ -212,8 +220,8 @@ def test_threads_prefix_apart():
     model = prefixed(prefixed(nn.Sequential(Written().double())), "b")
     expected = {}
     for name in ("default", "b"):
-        with peftkit.using(model, name):
-            expected[name] = model(X)
+        peftkit.activate(model, name)
+        expected[name] = model(X)
     start, found = threading.Barrier(2), {}
 
     def run(name: str) -> None:

@@ -24,11 +24,38 @@ IDS = torch.arange(12).reshape(2, 6) % 29 + 1
 MASK = torch.ones_like(IDS)
 MASK[0, :2] = 0
 P = 4
+
+
+def made(name: str, kind: str, **sizes: Any) -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    config = getattr(transformers, f"{name}Config")(vocab_size=32, max_position_embeddings=40, pad_token_id=1, **sizes)
+    return models.drawn(getattr(transformers, f"{name}{kind}")(config))
+
+
+def roberta() -> nn.Module:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return made("Roberta", "ForTokenClassification", **sizes)
+
+
+def opt() -> nn.Module:
+    sizes = {"hidden_size": 16, "ffn_dim": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return made("OPT", "ForCausalLM", word_embed_proj_dim=16, **sizes)
+
+
+def bart() -> nn.Module:
+    of = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in
+          (("layers", 2), ("attention_heads", 2), ("ffn_dim", 24))}  # fmt: skip
+    return made("Bart", "ForConditionalGeneration", d_model=16, **of)
+
+
 SHAPES = {
     "llama": (models.llama, "CAUSAL_LM"),
     "gpt2": (gpt2, "CAUSAL_LM"),
     "bert": (bert, "SEQ_CLS"),
     "t5": (t5, "SEQ_2_SEQ_LM"),
+    "bart": (bart, "SEQ_2_SEQ_LM"),
+    "opt": (opt, "CAUSAL_LM"),
+    "roberta": (roberta, "TOKEN_CLS"),
 }
 every_shape = pytest.mark.parametrize("shape", SHAPES)
 
@@ -128,6 +155,15 @@ def test_a_decoder_with_an_odd_number_of_layers_is_what_peft_can_read(tmp_path):
     again = copy.deepcopy(base)
     peftkit.load(again, tmp_path / "a")
     assert torch.equal(call(again), call(ours))
+
+
+def test_a_table_that_counts_positions_itself_counts_behind_the_prefix():
+    model = bart()
+    peftkit.inject(model, PrefixTuningConfig(length=P, targets="encoder.**.self_attn"))
+    encoder, decoder = model.model.encoder.embed_positions, model.model.decoder.embed_positions
+    assert torch.equal(encoder(IDS)[0], encoder.weight[2 + P : 8 + P])
+    assert torch.equal(encoder(IDS, 3)[0], encoder.weight[5 + P : 11 + P])
+    assert torch.equal(decoder(IDS)[0], decoder.weight[2:8])  # whose attention has no prefix
 
 
 def test_a_tensor_of_another_model_is_named_and_the_model_stays(tmp_path):

@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftkit.attention.acting import KeyValues, is_recording
@@ -89,7 +88,6 @@ class PositionShift(Adapter):
         self.where, self.length = site.name, length
         module = site.module
         parameters = list(inspect.signature(original_class(module).forward).parameters.values())[1:]
-        self.defaults = [p.default for p in parameters]
         names = [p.name for p in parameters]
         plain = isinstance(module, nn.Embedding) and "position_ids" not in names
         plain = plain and "past_key_values_length" not in names
@@ -112,22 +110,25 @@ class PositionShift(Adapter):
         ids = given.get(self.ids)
         if ids is not None:
             given[self.ids] = self._shifted(ids)
+        elif "past_key_values_length" not in self.names:
+            raise RuntimeError(
+                f"{self.where!r} was called without position_ids, which stand behind a prefix; give them"
+            )
         else:
             past = given.get("past_key_values_length")
             past = 0 if past is None else past
             given["past_key_values_length"] = past + self.length
-            first = given[self.names[0]]
-            if self.names[0] == "attention_mask":  # positions are counted in it
-                given["attention_mask"] = F.pad(first, (self.length, 0), value=1)
-            self._check(first.shape[1] + (past if isinstance(past, int) and self.names[0] != "attention_mask" else 0))
+            self._check(given[self.names[0]].shape[1] + (past if isinstance(past, int) else 0))
         return base(**given)
 
     def _shifted(self, ids: Tensor) -> Tensor:
         shifted = ids + self.length
-        if self.limit is not None:
-            on_host = ids.device.type == "cpu" and not torch.compiler.is_compiling() and ids.numel()
-            self._check(int(ids.max()) + 1 if on_host else ids.shape[-1])
-        return shifted if self.padding is None else torch.where(ids == self.padding, ids, shifted)
+        if self.limit is None:
+            return shifted
+        on_host = ids.device.type == "cpu" and not torch.compiler.is_compiling() and ids.numel()
+        self._check(int(ids.max()) + 1 if on_host else ids.shape[-1])
+        padded = ids < 0 if self.padding is None else ids == self.padding  # they have no position
+        return torch.where(padded, ids, shifted)
 
     def _check(self, tokens: int) -> None:
         if self.limit is not None and tokens + self.length > self.limit:
