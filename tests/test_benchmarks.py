@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("peft")
 
-from benchmarks.against_peft import attaching, calling, files, importing, merging, prefix, switching
+from benchmarks.against_peft import attaching, calling, dora, files, importing, merging, prefix, switching
 from benchmarks.against_peft.__main__ import GROUPS, figure, table
 from benchmarks.against_peft.common import FULL, QUICK, TINY, Row
 
@@ -15,6 +15,7 @@ IN_PROCESS = {
     "attaching": (attaching.measure, 5),
     "calling": (calling.measure, 7),
     "merging": (merging.measure, 10),
+    "dora": (dora.measure, 7),
     "switching": (switching.measure, 4),
     "files": (files.measure, 3),
     "prefix": (prefix.measure, 2),
