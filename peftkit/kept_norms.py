@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import ctypes
 import weakref
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from peftkit.hosts import Host
 from peftkit.kernels.dora_norm import composed, row_norms
 
 _SAMPLE = 64  # numbers of a weight that are compared
+
+
+class _Folded(NamedTuple):
+    """What evaluation needs of a pair and a magnitude m."""
+
+    magnitude: Tensor
+    gain: Tensor
+    left: Tensor
 
 
 class _Kept(NamedTuple):
@@ -23,6 +32,7 @@ class _Kept(NamedTuple):
     scale: float
     squares: Tensor
     norms: Tensor
+    folded: list[_Folded]  # one, or none yet
 
     def of_this(self, weight: Tensor) -> bool:
         return self.weight() is weight and self.state == _state(weight) and _same(self.sample, _sample(weight))
@@ -46,19 +56,37 @@ class KeptNorms:
         """The norms of all rows, of all groups together: (out), detached, in fp32 or wider."""
         if composed(weight):
             return row_norms(*host.as_matrices(weight, a, b), scale)[0].reshape(-1)
+        return self._current(host, weight, a, b, scale).norms
+
+    def folded(
+        self, host: Host, weight: Tensor, a: Tensor, b: Tensor, magnitude: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """g = m / n: (out), and the transpose of `g ∘ s·B`: (r out); kept likewise, without gradients, untraced."""
+        kept = self._current(host, weight, a, b, scale)
+        found = kept.folded[0] if kept.folded else None
+        if found is None or not _same(found.magnitude, magnitude):
+            with torch.inference_mode(False), torch.no_grad():
+                m = magnitude.detach().clone()
+                gain = m.to(kept.norms.dtype) / kept.norms
+                found = _Folded(m, gain, (kept.b * (gain * scale)[:, None]).t().contiguous())
+            kept.folded[:] = [found]
+        return found.gain, found.left
+
+    def _current(self, host: Host, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> _Kept:
         kept = self._kept
         squares = None
         if kept is not None and kept.of_this(weight):
             squares = kept.squares
             if kept.scale == scale and _same(kept.a, a) and _same(kept.b, b):
-                return kept.norms
+                return kept
         with torch.inference_mode(False), torch.no_grad():  # autograd will save what is kept, whatever the mode is now
             found, squares = row_norms(*host.as_matrices(weight.detach(), a.detach(), b.detach()), scale, squares)
             norms = found.reshape(-1)
             sample = _sample(weight).clone()
             own_a, own_b = (t.detach().clone(memory_format=torch.contiguous_format) for t in (a, b))
-        self._kept = _Kept(weakref.ref(weight), _state(weight), sample, own_a, own_b, scale, squares, norms)
-        return norms
+        kept = _Kept(weakref.ref(weight), _state(weight), sample, own_a, own_b, scale, squares, norms, [])
+        self._kept = kept
+        return kept
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KeptNorms:
         return KeptNorms()
@@ -82,10 +110,21 @@ def _sample(weight: Tensor) -> Tensor:
 
 
 def _same(kept: Tensor, now: Tensor) -> bool:
-    """Whether every bit is the same, which as whole words takes half as long to ask as number by number."""
+    """Whether the numbers are the same; what lies in one piece of a CPU's memory is compared there, several times faster."""
     if kept.dtype is not now.dtype or kept.shape != now.shape or kept.device != now.device:
         return False
-    ends = now.shape[-1] * now.itemsize % 8, int(now.storage_offset()) * now.itemsize % 8
-    if any(ends) or not now.numel() or not now.is_contiguous():
+    if _memcmp is None or not now.is_cpu or type(now) not in (nn.Parameter, Tensor) or not now.is_contiguous():
         return torch.equal(kept, now)
-    return torch.equal(kept.view(torch.int64), now.detach().view(torch.int64))
+    return _memcmp(kept.data_ptr(), now.data_ptr(), kept.numel() * kept.itemsize) == 0
+
+
+def _c_memcmp() -> Any:
+    try:
+        found = ctypes.CDLL(None).memcmp
+    except (AttributeError, OSError, TypeError):  # no such handle on Windows
+        return None
+    found.argtypes, found.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t), ctypes.c_int
+    return found
+
+
+_memcmp = _c_memcmp()

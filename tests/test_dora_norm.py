@@ -306,3 +306,24 @@ def test_torch_func_goes_through_it():
     for name, p in twin.named_parameters():
         if p.grad is not None:
             torch.testing.assert_close(each_row[name].sum(0), p.grad)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(6,), (1, 6), (2, 3, 6), (0, 6)], ids=str)
+def test_a_few_tokens_are_computed_from_kept_products(bias, shape):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5, bias=bias)).double()
+    peftkit.inject(model, DoRAConfig(r=2, alpha=6, targets="0"))
+    adapter = adapter_of(model)
+    x = torch.randn(shape, dtype=torch.float64)
+    for change in ("lora_A", "lora_B", "lora_magnitude_vector", None):
+        if change is not None:  # past the version counter, as optimizers may
+            getattr(adapter, change).data.add_(torch.rand(()).double() + 0.1)
+        expected = model(x).detach()
+        with torch.no_grad():
+            assert adapter._folds(x, model[0].weight, 0.0)
+            torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        model[0].weight.mul_(0.5)
+        torch.testing.assert_close(model(x), model.train()(x), rtol=1e-12, atol=1e-12)

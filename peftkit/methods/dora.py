@@ -32,7 +32,7 @@ from peftkit.graft import underneath
 from peftkit.holder import graft_of
 from peftkit.hosts import Host, LinearHost, host_of
 from peftkit.kept_norms import KeptNorms
-from peftkit.kernels.dora_norm import row_norms
+from peftkit.kernels.dora_norm import composed, row_norms
 from peftkit.kernels.lora_linear import lora_linear
 from peftkit.kernels.rescale import rescale
 from peftkit.leading import INITS as FROM_BASE
@@ -40,6 +40,7 @@ from peftkit.pairs import PairAdapter, PairConfig
 from peftkit.sites import Site
 from peftkit.targets import Pattern, PerSite
 
+FEW = 16  # tokens for which a call of an operator costs more than its arithmetic
 _MAGNITUDE = "lora_magnitude_vector"
 
 
@@ -195,8 +196,10 @@ class DoRAAdapter(PairAdapter):
         if type(weight) not in pairs.PLAIN or graft_of(module).kept:  # type: ignore[union-attr]
             return self.forward(underneath(module), *args, **kwargs)
         x = args[0] if args else next(iter(kwargs.values()))
-        p = self.dropout if self.training else 0.0
-        g, bias = self.gain(weight), held.get("bias")
+        p, bias = self.dropout if self.training else 0.0, held.get("bias")
+        if self._folds(x, weight, p):
+            return self._folded(x, weight, bias)
+        g = self.gain(weight)
         if not isinstance(self.host, LinearHost):
             y = underneath(module)(*args, **kwargs)
             z = self.host.add_low_rank(x, y, *self.factors(), self.scale, p) if self.shape.pair else y
@@ -204,6 +207,29 @@ class DoRAAdapter(PairAdapter):
             w = weight.t() if self.transposed else weight
             z = lora_linear(x, w, bias, *self.factors(), self.scale, p) if self.shape.pair else F.linear(x, w, bias)
         return rescale(z, g, bias, self.host.feature_axis, own=True)
+
+    def _folds(self, x: Tensor, weight: Tensor, p: float) -> bool:
+        """Whether there are few tokens, all is of one kind, and nothing but the output is wanted."""
+        return (
+            not torch.is_grad_enabled()
+            and x.numel() <= FEW * x.shape[-1]
+            and not p
+            and isinstance(self.host, LinearHost)
+            and self.shape.pair
+            and x.dtype is weight.dtype is self._parameters["lora_B"].dtype  # type: ignore[union-attr]
+            and x.device == weight.device == self._parameters["lora_B"].device  # type: ignore[union-attr]
+            and not composed(weight)
+            and not torch.is_autocast_enabled(weight.device.type)
+        )
+
+    def _folded(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """A few tokens, where every operator counts: `lerp(bias, W x + bias, g) + (A x) (g ∘ s·B)ᵀ`."""
+        a, b = self.factors()
+        gain, left = self.norms.folded(self.host, weight, a, b, self._parameters[_MAGNITUDE], self.scale)  # type: ignore[arg-type]
+        y = F.linear(x, weight.t() if self.transposed else weight, bias)
+        y = y.mul_(gain) if bias is None else torch.lerp(bias, y, gain, out=y)
+        y.view(-1, y.shape[-1]).addmm_(F.linear(x, a).view(-1, a.shape[0]), left)
+        return y
 
     # -- the weight -------------------------------------------------------------------------------------------------
 
