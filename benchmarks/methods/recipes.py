@@ -41,7 +41,7 @@ METHODS = {
     "prompt": Method(PromptTuningConfig(length=16), 3e-2),
     "ia3": Method(IA3Config(), 1e-2),
     "vera": Method(VeRAConfig(r=128, targets="all-linear"), 1e-2),
-    "bitfit": Method(BitFitConfig(), 5e-3, ("minilm",)),  # the decoder has no biases
+    "bitfit": Method(BitFitConfig(), 1e-3, ("minilm",)),  # the decoder has no biases
     "loha": Method(LoHaConfig(r=8, alpha=16, targets="all-linear"), 2e-3),
     "lokr": Method(LoKrConfig(r=8, alpha=16, targets="all-linear"), 2e-3),
 }
