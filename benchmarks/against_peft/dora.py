@@ -35,6 +35,8 @@ def measure(size: Size) -> Iterator[Row]:
         times = _merging(linears, size.merge_width, dtype, size)
         name = f"merge DoRA at {linears} Linears of width {size.merge_width}, {str(dtype).removeprefix('torch.')}"
         yield against(f"{name}, and keep a copy of the base, which peft does not", times, size.limit(0.5))
+        good = {"peftkit": times["peftkit for good"], "peft": times["peft"]}
+        yield against(f"{name}, for good (keep_base=False)", good, size.limit(0.5))
 
 
 def _ours(targets: Any, dropout: float = 0.0) -> peftkit.DoRAConfig:
@@ -121,12 +123,19 @@ def _merging(count: int, width: int, dtype: torch.dtype, size: Size) -> dict[str
     first: Any = theirs[0]
 
     def apart() -> None:
-        if ours[0].peftkit.merged:  # type: ignore[union-attr]
+        if not peftkit.adapters(ours):  # merged for good: the result is the base of the next round
+            peftkit.inject(ours, _ours("all-linear"))
+            _draw(ours)
+        elif ours[0].peftkit.merged:  # type: ignore[union-attr]
             peftkit.unmerge(ours)
         if first.merged:
             wrapped.unmerge_adapter()  # type: ignore[operator]
 
-    candidates = {"peftkit": lambda: peftkit.merge(ours), "peft": wrapped.merge_adapter}  # type: ignore[dict-item]
+    candidates = {
+        "peftkit": lambda: peftkit.merge(ours),
+        "peftkit for good": lambda: peftkit.merge(ours, keep_base=False),
+        "peft": wrapped.merge_adapter,
+    }
     return timed(candidates, size.rounds, apart, warmup=1)  # type: ignore[arg-type]
 
 

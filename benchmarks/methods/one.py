@@ -20,6 +20,7 @@ from benchmarks.demo.data import SDIST, read_reviews, split
 from benchmarks.demo.tasks import Task
 from benchmarks.demo.training import accuracy, all_logits, fine_tune, in_length_order
 from benchmarks.methods.recipes import HEAD_LR, METHODS, RECIPES, SEEDS, config_for
+from peftkit.methods.prefix import start_from_tokens
 
 
 def main() -> None:
@@ -44,6 +45,9 @@ def run(name: str, method: str, seed: int) -> dict[str, Any]:
         if method != "none":
             torch.manual_seed(seed)
             peftkit.inject(model, config_for(method, task.also_train))
+            if (opening := METHODS[method].opening) and not task.also_train:
+                length = METHODS[method].config.length  # type: ignore[attr-defined]
+                start_from_tokens(model, torch.tensor(task.tokenizer.encode(opening).ids[:length]))
             groups = groups_for(model, task, METHODS[method].lr)
             found["trained"] = count(groups[0]["params"])
             started = time.perf_counter()

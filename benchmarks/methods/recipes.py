@@ -29,7 +29,10 @@ class Method:
     config: Config
     lr: float
     models: tuple[str, ...] = ("minilm", "smollm2")
+    opening: str = ""  # what a decoder's prefix starts from; drawn at random, it drowns what the model knows
 
+
+OPENING = "Does the writer of this film review like the film? Say whether it is negative or positive, and nothing else."
 
 # Learning rates are the customary ones of each method; one try each, none was searched for.
 METHODS = {
@@ -37,7 +40,7 @@ METHODS = {
     "dora": Method(DoRAConfig(r=8, alpha=16, targets="all-linear"), 2e-3),
     "series": Method(SeriesAdapterConfig(bottleneck=64, targets=("attention", "mlp")), 2e-3),
     "parallel": Method(ParallelAdapterConfig(bottleneck=64, scale=4.0, targets="mlp"), 2e-3),
-    "prefix": Method(PrefixTuningConfig(length=16), 1e-2),
+    "prefix": Method(PrefixTuningConfig(length=16), 1e-2, opening=OPENING),
     "prompt": Method(PromptTuningConfig(length=16), 3e-2),
     "ia3": Method(IA3Config(), 1e-2),
     "vera": Method(VeRAConfig(r=128, targets="all-linear"), 1e-2),
