@@ -135,6 +135,7 @@ def test_what_peft_would_misread_it_refuses(shape, settings, tmp_path):
     peftkit.inject(ours, PrefixTuningConfig(length=P, **settings))
     peftkit.save(ours, tmp_path / "a")
     assert config_of(tmp_path / "a")["peft_type"] == "PEFTKIT_PREFIX"
+    assert "peft reads it" not in (tmp_path / "a" / "README.md").read_text()
     with pytest.raises((KeyError, ValueError)):
         peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "a")
     again = copy.deepcopy(base)

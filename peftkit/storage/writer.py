@@ -40,12 +40,13 @@ def save(model: nn.Module, attachment: Attachment, path: str | os.PathLike[str])
     }
     if attachment.config.whole_keys:
         own["sites"] = list(adapted)
+    reads = attachment.config.peft_reads and peft["peft_type"] == attachment.config.peft_type
     metadata = {"format": "pt", "peftkit": json.dumps(own, sort_keys=True, separators=(",", ":"))}
     with replacing(Path(path)) as fresh:
         tensorfile.write(fresh / layout.TENSORS, tensors, metadata)
         (fresh / layout.CONFIG).write_text(json.dumps(peft, indent=2, sort_keys=True) + "\n", "utf-8")
         if not (Path(path) / layout.README).exists():
-            (fresh / layout.README).write_text(_readme(peft, tensors, attachment.config.peft_reads), "utf-8")
+            (fresh / layout.README).write_text(_readme(peft, tensors, reads), "utf-8")
 
 
 def _adapted(attachment: Attachment) -> dict[str, Site]:
