@@ -251,8 +251,8 @@ class DoRAAdapter(PairAdapter):
 
     @torch.no_grad()
     def merge_(self, name: str, target: Tensor, base: Tensor) -> None:
-        gain = self.gain(base)
         fresh = target is base or not graft_of(self.host.module).merged  # type: ignore[union-attr]
+        gain = self.gain(self.host.weight if fresh else base)  # the norms of the last forward, where they still hold
         self.host.rescale_(target, None if fresh else base, *self.factors(), self.scale, gain)
 
     # -- initial values -----------------------------------------------------------------------------------------------
