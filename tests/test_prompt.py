@@ -298,6 +298,8 @@ def test_positions_run_out():
             ValueError, match="3 rows and 30 tokens are 33 positions, but this GPT2Model has learned 32"
         ):
             model(ids, **kwargs)
+    with pytest.raises(ValueError, match="33 positions, but this GPT2Model has learned 32"):  # few, but far out
+        model(torch.ones(1, 2, dtype=torch.long), position_ids=torch.tensor([[0, 29]]))
 
 
 class Own(nn.Module):
