@@ -56,7 +56,7 @@ def row_norms(
     where an operand is. No norm is zero: the least is the root of the dtype's smallest normal number, so that a row of
     zeros can be divided by its norm.
     """
-    if torch.is_autocast_enabled(weight.device.type):
+    if not weight.is_meta and torch.is_autocast_enabled(weight.device.type):
         with torch.autocast(weight.device.type, enabled=False):
             return row_norms(weight, a, b, scale, squares)
     dtype = wide(weight, a, b)

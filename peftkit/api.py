@@ -99,7 +99,7 @@ def eject(model: nn.Module, *names: str) -> None:
         KeyError: no such adapter. ValueError: nothing is attached, or an adapter is merged.
     """
     root, record = ledger.require(model)
-    leaving = record.named(names or tuple(record.attachments))
+    leaving = record.named(dict.fromkeys(names or tuple(record.attachments)))
     merged = [a.name for a in leaving if a.name in record.merged]
     if merged:
         raise ValueError(
@@ -190,7 +190,7 @@ def merge(model: nn.Module, *names: str, keep_base: bool = True) -> None:
         ValueError: a name that is not active, or is merged already; nothing to merge.
     """
     root, record = ledger.require(model)
-    chosen = record.named(names or record.switch.names)
+    chosen = record.named(dict.fromkeys(names or record.switch.names))
     if not chosen:
         raise ValueError("no adapter is active, so there is nothing to merge; activate one first")
     for attachment in chosen:
@@ -200,6 +200,10 @@ def merge(model: nn.Module, *names: str, keep_base: bool = True) -> None:
             raise ValueError(
                 f"{attachment.name!r} is not active, so merging it would change the output; activate it first"
             )
+    if record.switch.local.names is not None:
+        raise ValueError(
+            "merging changes what every thread computes; leave the using(...) or disabled(...) block first"
+        )
     if record.merged and not keep_base:
         raise ValueError(f"{', '.join(map(repr, record.merged))} is merged with its base kept; unmerge(model) first")
     merging.merge(root, record, chosen, keep=keep_base)
@@ -276,7 +280,7 @@ def param_groups(
     _, record = ledger.require(model)
     trained = parameters(model, *names)
     fast_ids = {
-        id(getattr(adapter, attribute))
+        id(getattr(adapter, attribute, None))
         for a in record.named(names or record.switch.names)
         for adapter in a.adapters.values()
         for attribute in adapter.fast

@@ -46,6 +46,7 @@ class SubLayer:
         block: the module from x to y with no residual inside; None where there is none.
         exit: the Linear whose output is the sub-layer's; None where it has none (packed experts).
         joins: the module `(h, x) -> norm(exit(h) + x)`, which x reaches as the residual; None where there is none.
+        adds: whether the block is given a residual and adds it, as BLOOM's are; its exit then comes before that.
     """
 
     kind: str
@@ -53,6 +54,7 @@ class SubLayer:
     block: nn.Module | None
     exit: nn.Module | None
     joins: nn.Module | None = None
+    adds: bool = False
 
 
 def find(model: nn.Module) -> list[SubLayer]:
@@ -209,7 +211,8 @@ def _resolved(kind: str, name: str, module: nn.Module) -> SubLayer:
     final, holder = parts[last]
     # a Sequential adds no residual, whatever it ends in
     if not any(_is_norm(m) and not isinstance(at, nn.Sequential) for m, at in parts[last + 1 :]):
-        return SubLayer(kind, name, module, final)
+        adds = any(_RESIDUAL.fullmatch(p.name) for p in arguments(module))
+        return SubLayer(kind, name, module, final, adds=adds)
     for key, inner in children(module):  # MPNet's attention, whose `attn` is all but residual and norm
         if _kind_by_name(key, inner) == kind:
             whole = _resolved(kind, name, inner)

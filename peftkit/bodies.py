@@ -58,6 +58,7 @@ class Body:
         names: what its forward takes.
         ids: of these the token ids.
         limit: how many positions it has learned; None where positions are computed.
+        counts_places: whether places in a row count beside positions: windows, recurrent states, biases by distance.
     """
 
     def __init__(self, module: nn.Module):
@@ -65,6 +66,7 @@ class Body:
         self.names = forward_names(module)
         self.ids = "input_ids" if "input_ids" in self.names else self.names[0]
         self.limit = position_limit(module)
+        self.counts_places = _counts_places(getattr(module, "config", None))
 
     @property
     def module(self) -> nn.Module:
@@ -84,6 +86,14 @@ class Body:
         return dict(zip(self.names, args, strict=False)) | dict(kwargs)
 
 
+def _counts_places(config: Any) -> bool:
+    kinds = {*(getattr(config, "layer_types", None) or ()), *(getattr(config, "layers_block_type", None) or ())}
+    window = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
+    alibi = getattr(config, "alibi", False) or getattr(getattr(config, "attn_config", None), "alibi", False)
+    recurrent = any(word in name for name in getattr(config, "__dict__", ()) for word in ("mamba", "conv_L_cache"))
+    return bool(kinds - {"full_attention", "attention"} or window or alibi or recurrent)
+
+
 def why_no_body(module: nn.Module) -> str | None:
     """Why nothing can be put before the tokens of `module`, as the end of a sentence; None where it can."""
     names = forward_names(module)
@@ -93,6 +103,10 @@ def why_no_body(module: nn.Module) -> str | None:
     ):
         if name not in names:
             return f"it takes no {name}: {why}"
+    if "per_layer_inputs" in names:
+        return "it looks its ids up in a second table, which has no rows for a prompt"
+    if any(getattr(m, "token_dropout", False) is True for m in module.modules()):
+        return "it changes embeddings by their ids, which the rows of a prompt do not have"
     if state := _OTHER_CACHES.intersection(names):
         return f"it keeps its state in {min(state)}, of which it cannot be told whether the prompt is in it"
     if embedding_of(module) is None:

@@ -13,7 +13,12 @@ Names = tuple[str, ...]
 
 
 class _PerThread(threading.local):
-    names: Names | None = None  # what acts in this thread alone; None where the thread follows the model
+    names: Names | None  # what acts in this thread alone; None where the thread follows the model
+
+    def __init__(
+        self,
+    ) -> None:  # in every thread: of an attribute of the class alone, no compiler guards that it is hidden
+        self.names = None
 
 
 class Switch:
@@ -90,7 +95,7 @@ class Graft(nn.Module):
 
 def versions(adapter: nn.Module) -> tuple[float, ...]:
     """Its scale, where it has one, and counters that every in-place change of its tensors moves."""
-    return (getattr(adapter, "scale", 1.0), *(p._version for p in adapter.parameters()))
+    return (getattr(adapter, "scale", 1.0), *(-1 if p.is_inference() else p._version for p in adapter.parameters()))
 
 
 class Grafted:
@@ -115,4 +120,7 @@ def without_merged(module: nn.Module, name: str) -> Tensor | None:
     """The module's parameter `name` without the adapters that may be merged into it; None where it has none."""
     graft = graft_of(module)
     kept = graft.kept.get(name) if graft is not None else None
-    return module._parameters.get(name) if kept is None else kept
+    own = module._parameters.get(name)
+    if kept is None or own is None or own.is_meta:
+        return own if kept is None else kept
+    return kept.to(own)  # the model may have been cast or moved meanwhile

@@ -102,7 +102,8 @@ def _state(weight: Tensor) -> tuple[Any, ...]:
 
 def _sample(weight: Tensor) -> Tensor:
     """Some numbers, spread over rows and columns alike."""
-    n = weight.numel()
+    there = int(weight.untyped_storage().nbytes()) // weight.itemsize - int(weight.storage_offset())
+    n = min(weight.numel(), there)  # an expanded one has fewer numbers than places
     step = n // _SAMPLE | 1
     return (weight.detach() if weight.requires_grad else weight).as_strided(
         (n // step,), (step,), weight.storage_offset()

@@ -166,6 +166,13 @@ class Ledger:
             unfreeze(self.frozen)
             del model.__dict__[_ATTRIBUTE]
 
+    def take_off(self, attachment: Attachment, name: str) -> None:
+        """Take the adapter at one site off."""
+        site = attachment.sites.pop(name)
+        self._unhang(site, attachment.key(site))
+        del attachment.adapters[name]
+        attachment.places = []
+
     @staticmethod
     def _unhang(site: Site, key: str) -> None:
         made = graft_of(site.module)

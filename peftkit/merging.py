@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from peftkit.ledger import Attachment, Ledger
 from peftkit.method import Adapter, NotMergeable, own_parameters
 from peftkit.sites import Site, walk
 
+Earlier = Mapping[int, set[str]]  # by graft: the weights that held adapters before
 Job = tuple[Site, Graft, str, Adapter]  # where, what holds it, the adapter's key there, the adapter
 
 
@@ -30,9 +31,12 @@ def merge(model: nn.Module, ledger: Ledger, attachments: Sequence[Attachment], *
     _check(model, jobs)
     if not keep:
         ledger.check_classes()
+        _check_left(ledger, attachments, jobs)
     # for good, a copy is needed meanwhile where a change is relative to a weight that others have changed by then
     relative = {(id(made), name) for _, made, _, adapter in jobs for name in adapter.merges if adapter.reads_base}
     relative &= _several(jobs)
+    earlier: Earlier = {id(made): set(made.kept) for _, made, _, _ in jobs}  # weights that hold adapters merged before
+    held: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
     done: list[Graft] = []
     try:
         for site, made, key, adapter in jobs:
@@ -42,11 +46,15 @@ def merge(model: nn.Module, ledger: Ledger, attachments: Sequence[Attachment], *
                 if name not in made.kept:
                     copied = keep or (id(made), name) in relative
                     made.kept[name] = target.detach().clone() if copied else target
+                elif name in earlier[id(made)] and (id(made), name) not in held:
+                    held[id(made), name] = target, target.detach().clone()
                 adapter.merge_(name, target, made.kept[name])
             made.merged[key] = versions(adapter)
     except BaseException:
         if keep:
-            _restore(jobs, done)
+            _take_back(jobs, done, earlier, held.values())
+        else:
+            _settle(ledger, attachments, jobs)
         raise
     for attachment in attachments:
         attachment.rest()
@@ -64,7 +72,7 @@ def unmerge(ledger: Ledger) -> None:
     """Give every merged weight its own bits back."""
     attachments = [ledger.attachments[n] for n in ledger.merged]
     jobs = list(_jobs(attachments))
-    _restore(jobs, [made for _, made, _, _ in jobs])
+    _take_back(jobs, [made for _, made, _, _ in jobs], {}, ())
     ledger.merged = ()
     for attachment in attachments:
         if attachment.name in ledger.switch.names:
@@ -86,15 +94,51 @@ def _several(jobs: Sequence[Job]) -> set[tuple[int, str]]:
     return {weight for weight, count in counts.items() if count > 1}
 
 
-def _restore(jobs: Sequence[Job], done: Sequence[Graft]) -> None:
+@torch.no_grad()
+def _take_back(
+    jobs: Sequence[Job], done: Iterable[Graft], earlier: Earlier, held: Iterable[tuple[Tensor, Tensor]]
+) -> None:
+    """Give weights back what they were: those that held adapters merged earlier by their copies, others their own bits."""
+    for target, value in held:
+        target.copy_(value)
     touched = {id(made) for made in done}
     for site, made, key, _ in reversed(jobs):  # of tied weights the first copy alone is of the base
         if id(made) in touched:
-            for name, value in made.kept.items():
-                with torch.no_grad():
-                    _tensor(site.module, name).copy_(value)
-            made.kept.clear()
+            for name in made.kept.keys() - earlier.get(id(made), set()):
+                _tensor(site.module, name).copy_(made.kept.pop(name))
             made.merged.pop(key, None)
+
+
+@torch.no_grad()
+def _settle(ledger: Ledger, attachments: Sequence[Attachment], jobs: Sequence[Job]) -> None:
+    """After a merge for good that failed: weights with a copy get it back, and what the others hold by now is taken off.
+
+    So the model computes what it did, and what is left can be merged again.
+    """
+    whose = {(id(graft_of(s.module)), a.key(s)): (a, name) for a in attachments for name, s in a.sites.items()}
+    for site, made, key, adapter in reversed(jobs):
+        copies = {n: v for n, v in made.kept.items() if v is not _tensor(site.module, n)}
+        for name, value in copies.items():
+            _tensor(site.module, name).copy_(value)
+        if key in made.merged and not copies.keys() & set(adapter.merges):
+            attachment, name = whose[id(made), key]
+            ledger.take_off(attachment, name)
+    for _, made, _, _ in jobs:
+        made.kept.clear()
+        made.merged.clear()
+
+
+def _check_left(ledger: Ledger, attachments: Sequence[Attachment], jobs: Sequence[Job]) -> None:
+    """Refuse to change for good what an adapter that stays is relative to."""
+    written = {(id(made), name) for _, made, _, adapter in jobs for name in adapter.merges}
+    for other in ledger.attachments.values():
+        for where, adapter in other.adapters.items() if other not in attachments else ():
+            at = id(graft_of(other.sites[where].module))
+            if adapter.reads_base and any((at, name) in written for name in adapter.merges):
+                raise NotMergeable(
+                    f"{other.name!r} at {where!r} is relative to the base weight, which merging for good would change under "
+                    "it; merge both together, eject it first, or keep the base"
+                )
 
 
 def _tensor(module: nn.Module, name: str) -> Tensor:
@@ -131,7 +175,7 @@ def _check(model: nn.Module, jobs: Sequence[Job]) -> None:
             names = " and ".join(repr(path) for path, _ in found)
             raise NotMergeable(
                 f"{names} share one weight, so merging into it would change both; give one its own first, as in "
-                f"module.weight = nn.Parameter(module.weight.detach().clone())"
+                "module.weight = nn.Parameter(module.weight.detach().clone()), or .bias"
             )
 
 

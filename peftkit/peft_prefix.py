@@ -24,6 +24,8 @@ _CROSS_NAMES = re.compile(r".*(cross|[Ee]nc(oder)?_?([Dd]ec|[Aa]ttn)).*")
 def settings(config: Any, adapters: Mapping[str, Any]) -> dict[str, Any] | None:
     """peft's fields for these adapters by module path; None where peft would not read them as the same function."""
     first = next(iter(adapters.values()))
+    if why_peft_differs(adapters) is not None:
+        return None
     base, sizes = first.base_config, {a.sizes for a in adapters.values()}
     if base is None or len(sizes) != 1 or first.sizes.key != first.sizes.value or not config.shift_positions:
         return None
@@ -47,6 +49,16 @@ def settings(config: Any, adapters: Mapping[str, Any]) -> dict[str, Any] | None:
         "prefix_projection": False,
         "token_dim": width,
     }
+
+
+def why_peft_differs(adapters: Mapping[str, Any]) -> str | None:
+    """Why peft's prefix, which is part of a cache, is another function than one in front of attention; None where not."""
+    config = next(iter(adapters.values())).base_config
+    if getattr(config, "alibi", False):
+        return "there the prefix has distances of its own (ALiBi), which it has not in front of attention"
+    if getattr(config, "attn_temperature_tuning", False):
+        return "there the prefix counts for the temperature of attention"
+    return None
 
 
 def places(adapters: Mapping[str, Any]) -> list[int]:

@@ -76,6 +76,11 @@ def _start(given: dict[str, Any], rows: Tensor, body: Body) -> int:
     _check_limit(body, positions, n + tokens, n)
     if mask is not None:
         _check_mask(mask)
+        if body.counts_places and mask.dim() == 2 and not torch.compiler.is_compiling() and not bool(mask[:, 0].all()):
+            raise ValueError(
+                f"padding on the left would stand between the prompt and the tokens, and this {type(body.module).__name__} "
+                "counts places (a sliding window, a recurrent state or ALiBi); pad on the right, or give one text at a time"
+            )
         given["attention_mask"] = _lengthened(mask, n, tokens, body)
     elif positions is not None and cache is None:
         given["attention_mask"] = _one_sequence(positions, n, batch)
@@ -105,12 +110,20 @@ def _lengthened(mask: Tensor, n: int, tokens: int, body: Body) -> Tensor:
     allowed, hidden = _entries(mask)
     *lead, count, columns = mask.shape
     left = mask.new_full((*lead, n + count, n), allowed)
-    if is_causal(body.module):
+    if _sees_none_behind(mask, hidden, body):
         left[..., :n, :].masked_fill_(torch.ones(n, n, dtype=torch.bool, device=mask.device).triu(1), hidden)
         above = mask.new_full((*lead, n, columns), hidden)
     else:
         above = mask.amax(-2, keepdim=True).expand(*lead, n, columns)
     return torch.cat([left, torch.cat([above, mask], -2)], -1)
+
+
+def _sees_none_behind(mask: Tensor, hidden: Any, body: Body) -> bool:
+    """Whether tokens see none behind them, as the body says of itself or the mask shows."""
+    if is_causal(body.module) or torch.compiler.is_compiling():
+        return is_causal(body.module)
+    seen = mask if mask.dtype == torch.bool else mask > hidden / 2
+    return mask.shape[-1] > 1 and not bool(seen.triu(1).any())
 
 
 def _make_room(cache: Any, n: int) -> None:
@@ -201,7 +214,10 @@ def _moved(mask: Tensor, n: int, tokens: int, held: Any) -> Tensor:
 
 def _check_mask(mask: Any) -> None:
     if isinstance(mask, Mapping):
-        raise ValueError(f"masks by kind of layer come from a static cache with a sliding window, which {_DYNAMIC}")
+        raise ValueError(
+            "masks by kind of layer, made by the model around this body or for a static cache, cannot be lengthened by a "
+            "prompt; with a cache, generate with a dynamic one, cache_implementation=None"
+        )
     if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
         shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(f"attention_mask is {shape}, expected (batch, tokens) or (batch, heads, tokens, columns)")

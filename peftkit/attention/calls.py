@@ -22,17 +22,26 @@ class PrefixedCalls(TorchFunctionMode):
 
     def __init__(self, prefixes: Sequence[KeyValues]):
         super().__init__()
-        self.prefixes = prefixes
+        self.prefixes, self.trains = prefixes, torch.is_grad_enabled()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
+            self._check()
             return _attend(self.prefixes, *args, **kwargs)
         if func is F.multi_head_attention_forward:
             return multi_head_attention(self.prefixes, *args, **kwargs)
         if func is torch.Tensor.unflatten:  # written in Python, it calls super(), which torch.compile cannot trace here
             return args[0].unflatten(*args[1:], **kwargs)
         return func(*args, **kwargs)
+
+    def _check(self) -> None:
+        trained = any(p.requires_grad for a in self.prefixes for p in a.parameters())
+        if trained and self.trains and not torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{self.prefixes[0].where!r} computes attention in a reentrant checkpoint of its own, which is computed "
+                "again where no prefix is known; checkpoint the whole attention"
+            )
 
 
 def _attend(

@@ -65,13 +65,25 @@ def why_no_attention(site: Site) -> str | None:
                 "forward call F.scaled_dot_product_attention"
             )
         return f"it is a {name}, no attention"
+    if _chooses(module):
+        return (
+            f"this {name} leaves out tokens by an index that it asks for with implementations it knows by name alone, and "
+            "would attend to all of them with a prefix"
+        )
     inside = next((n for n, m in module.named_modules() if m is not module and kind_of(m) is not None), None)
     return None if inside is None else f"the attention that it holds, {inside!r}, is the one to name"
 
 
 def unreachable(site: Site) -> bool:
     """Whether it is an attention that `why_no_attention` cannot but refuse."""
-    return site.part is None and kind_of(site.module) is None and _looks_like_attention(site.module)
+    if site.part is not None:
+        return False
+    return _chooses(site.module) or (kind_of(site.module) is None and _looks_like_attention(site.module))
+
+
+def _chooses(module: nn.Module) -> bool:
+    """Whether it is a sparse attention of DeepSeek's kind."""
+    return "indexer" in module._modules
 
 
 def _looks_like_attention(module: nn.Module) -> bool:

@@ -55,7 +55,7 @@ class Seen:
 
 def let_see(modules: Iterable[nn.Module]) -> list[nn.Module]:
     """Give grafted attentions that call the interface sight of it, once more for every adapter; returns them."""
-    found = []
+    found, made = [], []
     for module in modules:
         graft = graft_of(module)
         config = module.__dict__.get("config")
@@ -67,10 +67,10 @@ def let_see(modules: Iterable[nn.Module]) -> list[nn.Module]:
                 vars(config)["users"] = count
                 found.append(module)
         elif count:
-            forward = inspect.unwrap(original_class(module).forward)
-            module.__dict__["config"] = Seen(config, graft, forward.__globals__["__name__"], count)
-            found.append(module)
-    return found
+            made.append((module, Seen(config, graft, _caller(module).__globals__["__name__"], count)))
+    for module, seen in made:  # nothing can fail any more
+        module.__dict__["config"] = seen
+    return [*found, *(module for module, _ in made)]
 
 
 def give_back(modules: Iterable[nn.Module]) -> None:
@@ -127,8 +127,14 @@ def _attend(
     return found
 
 
+def _caller(module: nn.Module) -> Any:
+    """The function that asks the interface: the forward of the module's class, or of the one it derives from."""
+    forwards = [inspect.unwrap(vars(c)["forward"]) for c in original_class(module).__mro__ if "forward" in vars(c)]
+    return next((f for f in forwards if INTERFACE in getattr(f, "__globals__", ())), forwards[0])
+
+
 def _eager(module: nn.Module, modelling: Any) -> Any:
-    names = inspect.unwrap(original_class(module).forward).__code__.co_names
+    names = _caller(module).__code__.co_names
     return getattr(modelling, next((n for n in names if n.endswith("eager_attention_forward")), ""), None)
 
 
@@ -166,11 +172,12 @@ def _bias(adapter: KeyValues, bias: Tensor, past: Any) -> Tensor:
         return bias.new_zeros(*bias.shape[:-1], adapter.length)
     at = torch.arange(bias.shape[-2], device=bias.device)[:, None] + past
     before = torch.arange(-adapter.length, 0, device=bias.device)[None]
-    buckets = source._relative_position_bucket(
-        before - at,
-        bidirectional=not source.is_decoder,
-        num_buckets=source.relative_attention_num_buckets,
-        max_distance=source.relative_attention_max_distance,
-    )
+    settings = {
+        "bidirectional": not source.is_decoder,
+        "num_buckets": source.relative_attention_num_buckets,
+        "max_distance": source.relative_attention_max_distance,
+    }
+    takes = inspect.signature(source._relative_position_bucket).parameters  # UMT5's takes none of them
+    buckets = source._relative_position_bucket(before - at, **{k: v for k, v in settings.items() if k in takes})
     found = F.embedding(buckets, source.relative_attention_bias.weight)
     return found.permute(2, 0, 1)[None].to(bias).expand(bias.shape[0], -1, -1, -1)

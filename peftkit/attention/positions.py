@@ -61,7 +61,7 @@ def _has_all_positions(module: nn.Module) -> bool:
     """Whether it attends to an image or a recording, whose patches or frames have all positions that there are."""
     config = getattr(module, "config", None)
     recording = getattr(config, "max_source_positions", None) is not None and not getattr(module, "is_decoder", True)
-    return recording or getattr(config, "image_size", None) is not None
+    return recording or any(getattr(config, size, None) is not None for size in ("image_size", "patch_size"))
 
 
 def _takes_positions(site: Site) -> bool:
@@ -118,7 +118,9 @@ class PositionShift(Adapter):
             past = given.get("past_key_values_length")
             past = 0 if past is None else past
             given["past_key_values_length"] = past + self.length
-            self._check(given[self.names[0]].shape[1] + (past if isinstance(past, int) else 0))
+            first = next(x for key in (self.names[0], "inputs_embeds") if (x := given.get(key)) is not None)
+            tokens = first[1] if isinstance(first, tuple) else first.shape[1]  # some are given a size alone
+            self._check(tokens + (past if isinstance(past, int) else 0))
         return base(**given)
 
     def _shifted(self, ids: Tensor) -> Tensor:

@@ -179,12 +179,14 @@ class Host(abc.ABC):
         """`weight += scale · BA` in place, rounded once; scratch of at most 256 KiB beside the operands."""
         for w, (am, bm) in zip(self.matrices(weight), self.pair_matrices(a, b), strict=True):
             am, bm = am.to(w.device), bm.to(w.device)
-            if w.dtype == torch.promote_types(w.dtype, am.dtype):
+            dtype = torch.promote_types(w.dtype, am.dtype)
+            if w.dtype is dtype:
                 w.addmm_(bm.to(w.dtype), am.to(w.dtype), alpha=scale)
                 continue
-            rows = max(1, _CHUNK_BYTES // (4 * max(1, w.shape[1])))
-            scratch = torch.empty(min(rows, w.shape[0]), w.shape[1], device=w.device, dtype=am.dtype)
-            for part, b_part in zip(w.split(rows), bm.to(am.dtype).split(rows), strict=True):
+            rows = max(1, _CHUNK_BYTES // (dtype.itemsize * max(1, w.shape[1])))
+            scratch = torch.empty(min(rows, w.shape[0]), w.shape[1], device=w.device, dtype=dtype)
+            am = am.to(dtype)
+            for part, b_part in zip(w.split(rows), bm.to(dtype).split(rows), strict=True):
                 wide = scratch[: len(part)].copy_(part)
                 part.copy_(wide.addmm_(b_part, am, alpha=scale))
 

@@ -38,7 +38,7 @@ from peftkit.kernels.rescale import rescale
 from peftkit.leading import INITS as FROM_BASE
 from peftkit.pairs import PairAdapter, PairConfig
 from peftkit.sites import Site
-from peftkit.targets import Pattern, PerSite
+from peftkit.targets import Pattern, Patterns, TargetError, nearest
 
 FEW = 16  # tokens for which a call of an operator costs more than its arithmetic
 _MAGNITUDE = "lora_magnitude_vector"
@@ -79,11 +79,17 @@ class DoRAConfig(PairConfig, method="dora", peft_type="LORA"):
         return reason and f"the norms of its rows need its numbers, but {reason}"
 
     def prepare(self, sites: Sequence[Site]) -> dict[str, tuple[Host, _Shape]]:
-        alone = PerSite({**dict.fromkeys(self.magnitude_only, True), "**": False}, "magnitude_only")
+        patterns = Patterns(self.magnitude_only)
+        used: set[Any] = set()
         plan = {}
         for site, (host, shape) in zip(sites, super().prepare(sites).values(), strict=True):
-            plan[site.name] = host, _Shape(shape.r, shape.alpha, not alone.at(site))
-        alone.finish([s.name for s in sites])
+            hits = {h for name in site.names for h in patterns.matching(name)}
+            used |= hits
+            plan[site.name] = host, _Shape(shape.r, shape.alpha, not hits)
+        for p in patterns.patterns:
+            if p not in used:
+                near = nearest(p, [s.name for s in sites])
+                raise TargetError(f"magnitude_only: {p!r} matches none of the adapted modules{near}")
         return plan
 
     def build(self, site: Site, plan: dict[str, tuple[Host, _Shape]]) -> DoRAAdapter:
@@ -212,9 +218,10 @@ class DoRAAdapter(PairAdapter):
         """Whether there are few tokens, all is of one kind, and nothing but the output is wanted."""
         return (
             not torch.is_grad_enabled()
-            and x.numel() <= FEW * x.shape[-1]
-            and not p
             and isinstance(self.host, LinearHost)
+            and x.numel() <= FEW * x.shape[-1]
+            and weight.dtype.itemsize >= 4  # gains are fp32 at least
+            and not p
             and self.shape.pair
             and x.dtype is weight.dtype is self._parameters["lora_B"].dtype  # type: ignore[union-attr]
             and x.device == weight.device == self._parameters["lora_B"].device  # type: ignore[union-attr]

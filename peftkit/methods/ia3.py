@@ -200,6 +200,8 @@ class IA3Adapter(HostAdapter):
         change = self.ia3_l - 1
         if not self.on_input:
             return self._scaled(self._own(x), change)
+        if not self.host.intact and not graft_of(self.host.module).merged:  # type: ignore[union-attr]
+            return self._own(self._scaled(x, self.ia3_l)) - self._own(x)
         x = self._scaled(x, change)
         if self.host.why_not_dense() is None:
             return self.host.apply(x, self.host.base_weight, None)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from peftkit import attention, ledger
 from peftkit.attention import Prefixing, Sizes
 from peftkit.method import Adapter, Config
-from peftkit.peft_prefix import PACKED, PEFT_TYPE, places, read_config, settings
+from peftkit.peft_prefix import PACKED, PEFT_TYPE, places, read_config, settings, why_peft_differs
 from peftkit.peft_tasks import task_of
 from peftkit.sites import Site
 from peftkit.targets import TargetError
@@ -172,6 +172,8 @@ class PrefixTuningConfig(Config, method="prefix", peft_type=PEFT_TYPE):
         if not packed.is_floating_point():
             raise ValueError(f"{key} is {packed.dtype}, expected a floating-point dtype")
         pairs = packed.split(columns, 1)
+        if key == PACKED and (reason := why_peft_differs(adapters)) is not None:
+            raise ValueError(f"{key}, as peft wrote it, is another function here: {reason}")
         at = range(len(columns)) if key == OWN_PACKED else places(adapters)
         for place, adapter in zip(at, adapters.values(), strict=True):
             adapter.hold(pairs[place])
@@ -263,6 +265,9 @@ class Prefix(Prefixing):
         """As `init` says; reparametrised, the MLP's last layer is what is zero."""
         if self.source is not None:
             if self.offset == 0:
+                like = _like(self.module())  # type: ignore[arg-type]
+                if self.source.up.weight.is_meta and like is not None and not like.is_meta:
+                    self.source.to_empty(device=like.device)
                 for module in self.source.children():
                     module.reset_parameters()  # type: ignore[operator]
                 if self.init == "zero":

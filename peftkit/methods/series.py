@@ -28,7 +28,7 @@ class SeriesAdapterConfig(BottleneckConfig, method="series", peft_type="SERIES_A
     """
 
     def place(self, sub_layer: blocks.SubLayer) -> nn.Module | None:
-        return sub_layer.block or sub_layer.exit
+        return (sub_layer.exit if sub_layer.adds else None) or sub_layer.block or sub_layer.exit
 
     def no_place(self, sub_layer: blocks.SubLayer) -> str:
         return "ends in a norm, and no Linear gives its output before the residual; name a module to adapt"

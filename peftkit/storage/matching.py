@@ -37,8 +37,10 @@ def match(
         site = by_stem.get(stem)
         if site is None:
             names = [k[len(layout.PREFIX) : -1] for k in by_stem]
+            refused = next((s for s in everything if layout.stem(s) == stem), None)
+            why = f"; {refused.name!r} is none, {stored.config.refuses(refused)}" if refused is not None else ""
             raise StorageError(
-                f"{stored.file}: unexpected {stem + next(iter(tensors))}: the model has no module for it to adapt"
+                f"{stored.file}: unexpected {stem + next(iter(tensors))}: the model has no module for it to adapt{why}"
                 f"{nearest(stem[len(layout.PREFIX) : -1], names)}"
             )
         if id(site) in found:
