@@ -116,13 +116,17 @@ def test_masks_of_four_dimensions(make, dtype):
 
 def test_rows_of_a_model_that_looks_both_ways_see_what_any_token_sees():
     model = prompted(bert)
-    visible = torch.ones(6, 6).tril().bool().expand(2, 1, 6, 6) & (torch.arange(6) != 4)
+    visible = torch.ones(6, 6).triu(-1).bool().expand(2, 1, 6, 6) & (torch.arange(6) != 4)
     wide = torch.ones(2, 1, N + 6, N + 6, dtype=torch.bool)
     wide[..., N:, N:], wide[..., :N, N + 4] = visible, False
     with peftkit.disabled(model):
         embeds = torch.cat([rows(model).expand(2, -1, -1), model.get_input_embeddings()(IDS)], 1)
         expected = first(model(inputs_embeds=embeds, attention_mask=wide))
     torch.testing.assert_close(first(model(IDS, attention_mask=visible)), expected[:, N:])
+    one_way, other = torch.ones(2, 1, 6, 6).tril().bool(), IDS.clone()
+    other[:, -1] += 1  # rows that saw it would tell the tokens before it
+    found = [first(model(ids, attention_mask=one_way))[:, :-1] for ids in (IDS, other)]
+    torch.testing.assert_close(*found)
 
 
 def test_positions_and_token_types():
