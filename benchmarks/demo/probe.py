@@ -16,7 +16,9 @@ def fit_probe(features: Tensor, labels: Tensor, *, folds: int = 5) -> nn.Linear:
     returns a layer with an output for each label that takes the features as they are.
     """
     x = features.double()
-    mean, std = x.mean(0), x.std(0).clamp_min(1e-12)
+    mean, std = x.mean(0), x.std(0)
+    # a feature that hardly varies would get a weight that whatever is trained below it blows up
+    std = std.clamp_min(1e-3 * float(std.median()))
     x = F.pad((x - mean) / std, (0, 1), value=1.0)
     y = labels.double()
 

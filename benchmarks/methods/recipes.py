@@ -52,7 +52,7 @@ METHODS = {
 SEEDS = (0, 1, 2)
 HEAD_LR = 2e-3
 RECIPES = {
-    "minilm": replace(MiniLM.recipe, steps=64),
+    "minilm": replace(MiniLM.recipe, steps=48),
     "smollm2": replace(SmolLM2.recipe, train=320, held_out=300, steps=40),
 }
 
