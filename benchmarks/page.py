@@ -141,14 +141,14 @@ def _table(head: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
 
 
 METHODS = """Every method starts from the same model, its head solved to convergence where it has one, and sees the same
-texts: one learning rate each, the customary one, none searched for. Accuracy on held-out texts, mean of three seeds; its
+texts: one learning rate each, the customary one, none searched for. Accuracy on held-out texts, mean of the seeds shown; its
 standard error from the choice of texts alone is about 1.3 points with 1,000 of them and 2.3 with 300. A step is forward,
 backward and AdamW, over forward and backward of the frozen base, all methods taking turns on one model.
 """
 
 PLOTS = {
-    "methods-minilm": "MiniLM-L6 on film reviews, three seeds",
-    "methods-smollm2": "SmolLM2-135M on film reviews, three seeds",
+    "methods-minilm": "MiniLM-L6 on film reviews",
+    "methods-smollm2": "SmolLM2-135M on film reviews",
 }
 
 SECTIONS = (

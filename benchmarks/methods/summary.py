@@ -40,7 +40,7 @@ def summarised(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
                 TITLES[method],
                 f"{runs[0]['trained']:,}",
                 f"{statistics.mean(accuracies):.1%}",
-                ", ".join(f"{a:.1%}" for a in accuracies) if len(runs) > 1 else "",
+                ", ".join(f"{a:.1%}" for a in accuracies) if method != "none" else "",
                 "" if step is None else f"{step:.2f}",
                 f"{max(r['peak_bytes'] for r in runs) / 1e9:.2f} GB",
             )
