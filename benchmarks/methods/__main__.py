@@ -8,6 +8,7 @@ import subprocess
 import sys
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -24,6 +25,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=["none", *METHODS], metavar="METHOD")
     parser.add_argument("--steps", action="store_true", help="time training steps, taking turns, instead of training")
     options = parser.parse_args()
+    torch.set_num_threads(1)  # as the runs do
     possible = [m for m, of in METHODS.items() if options.model in of.models]
     wanted = [m for m in ["none", *possible] if m in (options.only or ["none", *possible])]
     console = Console()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from itertools import islice
 
@@ -18,7 +19,7 @@ from benchmarks.measure import interleaved
 from benchmarks.methods.recipes import METHODS, RECIPES
 
 
-def measure(name: str, methods: Sequence[str], rounds: int = 7) -> dict[str, float]:
+def measure(name: str, methods: Sequence[str], rounds: int = 5) -> dict[str, float]:
     """Forward, backward and AdamW of each method, over forward and backward to the first block's input of the base."""
     torch.set_num_threads(1)
     task, recipe = TASKS[name](), RECIPES[name]
@@ -28,7 +29,7 @@ def measure(name: str, methods: Sequence[str], rounds: int = 7) -> dict[str, flo
     for method in methods:
         peftkit.inject(model, METHODS[method].config, name=method)
     turns = {method: _step(model, task, batch, method) for method in methods}
-    times = interleaved({"none": _frozen(model, task, batch), **turns}, rounds)
+    times = interleaved({"none": _frozen(model, task, batch), **turns}, rounds, warmup=1, clock=time.process_time)
     return {method: times[method] / times["none"] for method in methods}
 
 
