@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import peftkit
 
-from .common import Row, Size, against, llama, ours, theirs, timed
+from .common import Row, Size, against, ours, theirs, timed, train_steps
 
 
 def measure(size: Size) -> Iterator[Row]:
@@ -31,7 +31,7 @@ def measure(size: Size) -> Iterator[Row]:
         yield against(f"forward and backward of one token, Linear {width}→{width}, r 8", times, size.limit(1.0))
     for dtype, limit in ((torch.float32, 1.12), (torch.bfloat16, 1.25)):
         for tokens in (size.tokens, 4 * size.tokens):
-            times = _train_steps(size, dtype, tokens)
+            times = train_steps(size, dtype, tokens, ours(), theirs())
             name = str(dtype).removeprefix("torch.")
             yield Row(
                 f"train step of a 4-layer, {size.width}-wide Llama, {tokens} tokens, {name}",
@@ -62,32 +62,3 @@ def _times(
 
     candidates = {name: calling(module) for name, module in modules.items()}
     return timed(candidates, 40 * size.rounds, inner=inner, warmup=10)
-
-
-def _train_steps(size: Size, dtype: torch.dtype, tokens: int) -> dict[str, float]:
-    """Seconds of a step over the same `tokens` embedded tokens, as 4 sequences, that require a gradient.
-
-    frozen: forward and loss of the base, whose weights are frozen, and backward as far as the embedded tokens.
-    peftkit, peft: the same with LoRA of rank 8 on all 7 Linears of a layer, their gradients, and a step of AdamW.
-    """
-    models = {name: llama(4, size.width, dtype=dtype).requires_grad_(False) for name in ("frozen", "peftkit", "peft")}
-    peftkit.inject(models["peftkit"], ours())
-    models["peft"] = peft.get_peft_model(models["peft"], theirs())  # type: ignore[arg-type]
-    ids = torch.randint(0, 64, (4, tokens // 4))
-    embedded = torch.randn(*ids.shape, size.width, dtype=dtype, requires_grad=True)
-
-    def stepping(model: nn.Module) -> Callable[[], Any]:
-        trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=1e-4) if trained else None
-        model.train()
-
-        def step() -> None:
-            embedded.grad = None
-            model(inputs_embeds=embedded, labels=ids).loss.backward()
-            if optimizer is not None:
-                optimizer.step()
-                optimizer.zero_grad()
-
-        return step
-
-    return timed({name: stepping(model) for name, model in models.items()}, 3 * size.rounds)

@@ -115,3 +115,34 @@ def theirs(**settings: Any) -> peft.LoraConfig:
 def against(what: str, times: dict[str, float], limit: float | None) -> Row:
     """The row of a measurement that timed `peftkit` and `peft`."""
     return Row(what, times["peftkit"] / times["peft"], "× peft", limit, times)
+
+
+def train_steps(
+    size: Size, dtype: torch.dtype, tokens: int, our_config: peftkit.Config, their_config: peft.PeftConfig
+) -> dict[str, float]:
+    """Seconds of a step over the same `tokens` embedded tokens, as 4 sequences, that require a gradient.
+
+    frozen: forward and loss of the base, whose weights are frozen, and backward as far as the embedded tokens.
+    peftkit, peft: the same with an adapter on all 7 Linears of a layer, its gradients, and a step of AdamW.
+    """
+    models = {name: llama(4, size.width, dtype=dtype).requires_grad_(False) for name in ("frozen", "peftkit", "peft")}
+    peftkit.inject(models["peftkit"], our_config)
+    models["peft"] = peft.get_peft_model(models["peft"], their_config)  # type: ignore[arg-type]
+    ids = torch.randint(0, 64, (4, tokens // 4))
+    embedded = torch.randn(*ids.shape, size.width, dtype=dtype, requires_grad=True)
+
+    def stepping(model: nn.Module) -> Callable[[], Any]:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-4) if trained else None
+        model.train()
+
+        def step() -> None:
+            embedded.grad = None
+            model(inputs_embeds=embedded, labels=ids).loss.backward()
+            if optimizer is not None:
+                optimizer.step()
+                optimizer.zero_grad()
+
+        return step
+
+    return timed({name: stepping(model) for name, model in models.items()}, 3 * size.rounds)

@@ -12,7 +12,7 @@ from torch import nn
 
 import peftkit
 
-from .common import LINEARS, Row, Size, against, llama, timed
+from .common import LINEARS, Row, Size, against, timed, train_steps
 
 
 def measure(size: Size) -> Iterator[Row]:
@@ -24,7 +24,7 @@ def measure(size: Size) -> Iterator[Row]:
     name = f"one token through DoRA at Linear {width}→{width}, fp32, evaluated"
     yield Row(name, times["peftkit"] / times["frozen"], "× frozen", size.limit(1.3), times)
     for dtype, dropout, limit in ((torch.bfloat16, 0.0, 1.45), (torch.bfloat16, 0.1, 1.6), (torch.float32, 0.0, 1.25)):
-        times = _train_steps(size, dtype, dropout)
+        times = train_steps(size, dtype, size.tokens, _ours(LINEARS, dropout), _theirs(list(LINEARS), dropout))
         kind = str(dtype).removeprefix("torch.")
         name = (
             f"train step with DoRA of a 4-layer, {size.width}-wide Llama, {size.tokens} tokens, {kind}, p = {dropout}"
@@ -88,31 +88,6 @@ def _one_token(width: int, size: Size) -> dict[str, float]:
 
     with torch.no_grad():
         return timed({n: calling(m[0]) for n, m in models.items()}, 6 * size.rounds, inner=10, warmup=3)
-
-
-def _train_steps(size: Size, dtype: torch.dtype, dropout: float) -> dict[str, float]:
-    """Seconds of a step, as for LoRA: frozen is forward, loss, and backward as far as the embedded tokens."""
-    models = {name: llama(4, size.width, dtype=dtype).requires_grad_(False) for name in ("frozen", "peftkit", "peft")}
-    peftkit.inject(models["peftkit"], _ours(LINEARS, dropout))
-    models["peft"] = peft.get_peft_model(models["peft"], _theirs(list(LINEARS), dropout))  # type: ignore[arg-type]
-    ids = torch.randint(0, 64, (4, size.tokens // 4))
-    embedded = torch.randn(*ids.shape, size.width, dtype=dtype, requires_grad=True)
-
-    def stepping(model: nn.Module) -> Callable[[], Any]:
-        trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=1e-4) if trained else None
-        model.train()
-
-        def step() -> None:
-            embedded.grad = None
-            model(inputs_embeds=embedded, labels=ids).loss.backward()
-            if optimizer is not None:
-                optimizer.step()
-                optimizer.zero_grad()
-
-        return step
-
-    return timed({name: stepping(model) for name, model in models.items()}, 3 * size.rounds)
 
 
 def _merging(count: int, width: int, dtype: torch.dtype, size: Size) -> dict[str, float]:
