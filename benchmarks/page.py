@@ -143,7 +143,8 @@ def _table(head: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
 METHODS = """Every method starts from the same model, its head solved to convergence where it has one, and sees the same
 texts: one learning rate each, the customary one, none searched for. Accuracy on held-out texts, mean of the seeds shown; its
 standard error from the choice of texts alone is about 1.3 points with 1,000 of them and 2.3 with 300. A step is forward,
-backward and AdamW, over forward and backward of the frozen base, all methods taking turns on one model.
+backward and AdamW, over forward and backward of the frozen base down to its embeddings, which a method that begins further
+up need not reach; all take turns on one model.
 """
 
 PLOTS = {

@@ -68,7 +68,9 @@ def plot(found: Mapping[str, Any], title: str, path: Path) -> None:
         x = runs[0]["trained"]
         axes.errorbar(x, mean, [[mean - min(accuracies)], [max(accuracies) - mean]], fmt="o", color="#2b6cb0",
                       markersize=5, elinewidth=1, capsize=2)  # fmt: skip
-        axes.annotate(TITLES[method], (x, mean), xytext=(6, 4), textcoords="offset points", fontsize=8)
+        left = method in ("lora", "vera", "series")  # whose neighbours' names stand on the right
+        axes.annotate(TITLES[method], (x, mean), xytext=(-6 if left else 6, 4), textcoords="offset points", fontsize=8,
+                      ha="right" if left else "left")  # fmt: skip
     axes.set(xscale="log", xlabel="trained parameters", ylabel="held-out accuracy, %", title=title)
     axes.margins(x=0.12)
     axes.grid(alpha=0.25, linewidth=0.5)
