@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from peftkit import blocks
 from peftkit.bottleneck_config import ACTIVATIONS, KEYS, KEYS_OF_BIASES, KEYS_OF_SCALE, BottleneckConfig, Shape
+from peftkit.dtypes import own_dtype
 from peftkit.hosts import LinearHost, ModuleRef, host_class, host_of, why_no_host
 from peftkit.method import Adapter
 from peftkit.sites import Site
@@ -36,7 +37,7 @@ class BottleneckAdapter(Adapter):
         self.activation, self.dropout, self.init = config.activation, config.dropout, config.init
         self.tensor_names = {**KEYS, **(KEYS_OF_BIASES if config.bias else {})}
         device, base = _where(site.module)
-        dtype = config.dtype or (base if base.itemsize >= 4 else torch.float32)
+        dtype = own_dtype(base, config.dtype)
 
         def room(*size: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(size, device=device, dtype=dtype))

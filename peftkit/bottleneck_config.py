@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftkit import blocks
+from peftkit.dtypes import check_dtype
 from peftkit.hosts import linears_in
 from peftkit.method import Adapter, Config
 from peftkit.peft_patterns import compact
@@ -231,8 +232,7 @@ def _check_settings(config: BottleneckConfig) -> None:
         )
     if not 0.0 <= config.dropout < 1.0:
         raise ValueError(f"dropout: a probability in [0, 1), not {config.dropout!r}")
-    if config.dtype is not None and not config.dtype.is_floating_point:
-        raise ValueError(f"dtype: a floating-point dtype, not {config.dtype}")
+    check_dtype(config.dtype)
 
 
 def _near(wrong: object, known: Iterable[str]) -> str:

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from peftkit import pairs
+from peftkit.dtypes import check_dtype
 from peftkit.hosts import EmbeddingHost, Host, host_class, host_of, why_no_host
 from peftkit.method import Adapter, Config
 from peftkit.peft_patterns import PeftPatterns, compact, most_common, pattern_keys
 from peftkit.sites import Site
 from peftkit.targets import PerSite
-from peftkit.weight_change import WeightChange, check_dtype
+from peftkit.weight_change import WeightChange
 
 KERNELS = ("hada_t1", "hada_t2", "lokr_t2")  # of peft's decomposition of a kernel
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkit import peft_lora
+from peftkit.dtypes import check_dtype, own_dtype
 from peftkit.hosts import EmbeddingHost, Host, host_of, why_no_host
 from peftkit.method import Adapter, Config
 from peftkit.sites import Site
@@ -62,8 +63,7 @@ class PairConfig(Config):
         check_settings(self.r, self.alpha, self.dropout)
         if self.init not in self.inits:
             raise ValueError(f"init: one of {', '.join(map(repr, self.inits))}, not {self.init!r}")
-        if self.dtype is not None and not self.dtype.is_floating_point:
-            raise ValueError(f"dtype: a floating-point dtype, not {self.dtype}")
+        check_dtype(self.dtype)
 
     def refuses(self, site: Site) -> str | None:
         return why_no_host(site)
@@ -180,8 +180,7 @@ class PairAdapter(Adapter):
         self, dtype: torch.dtype | None, sizes: Mapping[str, Sequence[int]], frozen: Mapping[str, Sequence[int]] = {}
     ) -> None:
         """Make the parameters, not yet drawn, where the host computes; `dtype` as the config has it."""
-        base, device = self.host.dtype, self.host.device
-        dtype = dtype or (base if base.itemsize >= 4 else torch.float32)
+        dtype, device = own_dtype(self.host.dtype, dtype), self.host.device
         for trains, group in ((True, sizes), (False, frozen)):
             for name, size in group.items():
                 values = torch.empty(size, device=device, dtype=dtype)

@@ -15,6 +15,7 @@ FLOORS = {
     "peftkit.sites": 0,
     "peftkit.targets": 0,
     "peftkit.holder": 0,
+    "peftkit.dtypes": 0,
     "peftkit.graft": 0,
     "peftkit.reading": 0,
     "peftkit.hosts": 1,

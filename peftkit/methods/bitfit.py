@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import batchnorm, conv, instancenorm
 
+from peftkit.dtypes import check_dtype, own_dtype
 from peftkit.holder import original_class
 from peftkit.hosts import Host, ModuleRef, host_of, is_hf_conv1d, why_no_host
 from peftkit.method import Adapter, Config
 from peftkit.sites import Site
 from peftkit.targets import Patterns, TargetError
-from peftkit.weight_change import Drawn, add_rounding_once_, bias_rows, check_dtype, own_dtype
+from peftkit.weight_change import Drawn, add_rounding_once_, bias_rows
 
 _EVERY = "every bias"
 _LAST = (nn.Linear, nn.LayerNorm, nn.Bilinear)  # the bias is along the last dimensions of the output

@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from peftkit.dtypes import check_dtype, own_dtype
 from peftkit.graft import graft_of, underneath
 from peftkit.holder import without_merged
 from peftkit.hosts import ConvHost, EmbeddingHost, LinearHost, host_class, host_of, why_no_host
@@ -29,9 +30,7 @@ from peftkit.targets import Pattern, Patterns, TargetError, heads, named_as, nea
 from peftkit.weight_change import (
     HostAdapter,
     bias_rows,
-    check_dtype,
     given,
-    own_dtype,
     with_input,
 )
 

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftkit.dtypes import own_dtype
 from peftkit.lycoris import KERNELS, FactoredAdapter, FactoredConfig, Plan, kaiming_
 from peftkit.sites import Site
-from peftkit.weight_change import own_dtype
 
 INITS = ("peft", "lycoris")
 

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftkit.dtypes import own_dtype
 from peftkit.hosts import ConvHost, LinearHost, host_class
 from peftkit.lycoris import KERNELS, FactoredAdapter, FactoredConfig, Plan, kaiming_
 from peftkit.method import Adapter
 from peftkit.sites import Site
-from peftkit.weight_change import own_dtype
 
 INITS = ("peft", "lycoris")
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from peftkit import attention, ledger
 from peftkit.attention import Prefixing, Sizes
+from peftkit.dtypes import check_dtype, own_dtype
 from peftkit.method import Adapter, Config
 from peftkit.peft_prefix import PACKED, PEFT_TYPE, places, read_config, settings, why_peft_differs
 from peftkit.peft_tasks import task_of
@@ -77,8 +78,7 @@ class PrefixTuningConfig(Config, method="prefix", peft_type=PEFT_TYPE):
                 raise ValueError(f"{name}: a positive whole number, not {value!r}")
         if self.init not in INITS:
             raise ValueError(f"init: one of {', '.join(map(repr, INITS))}, not {self.init!r}")
-        if self.dtype is not None and not self.dtype.is_floating_point:
-            raise ValueError(f"dtype: a floating-point dtype, not {self.dtype}")
+        check_dtype(self.dtype)
 
     @property
     def identity(self) -> Literal["none"]:
@@ -123,7 +123,7 @@ class PrefixTuningConfig(Config, method="prefix", peft_type=PEFT_TYPE):
 
     def _dtype(self, like: Tensor | None) -> torch.dtype:
         base = torch.get_default_dtype() if like is None else like.dtype
-        return self.dtype or (base if base.itemsize >= 4 else torch.float32)
+        return own_dtype(base, self.dtype)
 
     def beside(self, everything: Sequence[Site], adapters: Mapping[str, Any]) -> Mapping[Site, Adapter]:
         root = everything[0].module

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkit.bodies import Body, bodies_of, decoder_beside, why_no_body
+from peftkit.dtypes import check_dtype, own_dtype
 from peftkit.graft import underneath
 from peftkit.holder import graft_of
 from peftkit.hosts import host_of
@@ -73,8 +74,7 @@ class PromptTuningConfig(Config, method="prompt", peft_type="PROMPT_TUNING"):
             raise ValueError(f"tokens: ids of at least 0, not {min(self.tokens)}")
         if self.init not in INITS:
             raise ValueError(f"init: one of {', '.join(map(repr, INITS))}, not {self.init!r}")
-        if self.dtype is not None and not self.dtype.is_floating_point:
-            raise ValueError(f"dtype: a floating-point dtype, not {self.dtype}")
+        check_dtype(self.dtype)
 
     @property
     def identity(self) -> Literal["none"]:
@@ -198,7 +198,7 @@ class PromptAdapter(Adapter):
         self.mark = uuid.uuid4().hex
         embedding = self.body.embedding
         host = host_of(Site("", embedding))
-        dtype = config.dtype or (host.dtype if host.dtype.itemsize >= 4 else torch.float32)
+        dtype = own_dtype(host.dtype, config.dtype)
         self.prompt = nn.Parameter(torch.empty(config.length, embedding.embedding_dim, dtype=dtype, device=host.device))
 
     def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -19,11 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftkit import pairs
+from peftkit.dtypes import check_dtype, own_dtype
 from peftkit.hosts import Host, LinearHost, host_class, host_of, why_no_host
 from peftkit.method import Adapter, Config
 from peftkit.sites import Site
 from peftkit.targets import TargetError
-from peftkit.weight_change import WeightChange, check_dtype, own_dtype
+from peftkit.weight_change import WeightChange
 
 _A, _B = "base_model.vera_A", "base_model.vera_B"
 
