@@ -65,10 +65,12 @@ def row_norms(
     cross, squares = _read(weight, a, squares, whole=traced)
     found = squares
     if a.shape[-2]:
-        square = ((b @ (a @ a.mT)) * b).sum(-1) * (scale * scale)
-        found = squares + (cross * b).sum(-1) * (2 * scale) + square
+        gram = a @ a.mT
+        found = squares + (cross * b).sum(-1) * (2 * scale) + ((b @ gram) * b).sum(-1) * (scale * scale)
         if not traced:
-            low = found < (squares + square) * CANCELLED
+            # without their signs: what BA adds up from may cancel within it as well
+            terms = ((b.abs() @ gram.abs_()) * b.abs()).sum(-1) * (scale * scale)
+            low = found < (squares + terms) * CANCELLED
             if low.any():
                 found[low] = _again(weight, a, b, scale, low)
     return found.clamp_min(torch.finfo(dtype).tiny).sqrt(), squares
