@@ -4,8 +4,11 @@
     dz = g ∘ dy                       dg = Σ dy ∘ (z − c)
 
 g stays in fp32 whatever z is in: rounded to bf16 beside 1 it would lose every change below 0.4 %. Where g is 1 both terms
-are exact, so that y is z bit for bit, which (z − c) g + c would not be. z is read a piece at a time on a CPU, rounded
-once, and saved for backward in its own dtype; nothing of its size is kept in fp32.
+are exact, so that y is z bit for bit, which (z − c) g + c would not be. z is rounded once, and saved for backward in its
+own dtype; y, which whoever calls keeps anyway, would do but for those who write over it, and where g is 0.
+
+An evaluated batch norm of mean and shift c, variance 1 and weight g is the same function. On a CPU torch computes it in one
+pass over z, and both gradients in one pass over z and dy, without widened copies of half precision.
 """
 
 from __future__ import annotations
@@ -15,9 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C._functorch import maybe_current_level
-
-PIECE = 2**17  # numbers of z worked on at a time on a CPU, widened to at most 1 MiB
-
 
 def reference(z: Tensor, gain: Tensor, bias: Tensor | None = None, axis: int = -1) -> Tensor:
     """`rescale` in plain operators: what it is tested against, and what is traced."""
@@ -55,21 +55,11 @@ def _scaled(z: Tensor, gain: Tensor, bias: Tensor | None, axis: int, out: Tensor
         if bias is None:
             return torch.mul(z, g, out=out)
         return torch.lerp(_along(bias.to(dtype), axis), z, g, out=out)  # exact where g is 1
-    shift = None if bias is None else _along(bias.to(dtype), axis) * (1 - g)
-    out = torch.empty_like(z) if out is None else out
-    for piece, to in _pieces(axis, z, out):
-        wide = piece.to(dtype).mul_(g)
-        to.copy_(wide if shift is None else wide.add_(shift))
-    return out
-
-
-def _pieces(axis: int, *tensors: Tensor) -> Any:
-    """The tensors in step, some rows of features at a time where those lie along the last axis of a CPU's memory."""
-    first = tensors[0]
-    if axis != -1 or not first.is_cpu or not all(t.is_contiguous() for t in tensors):
-        return (tensors,)
-    rows = max(1, PIECE // max(1, first.shape[-1]))
-    return zip(*(t.view(-1, t.shape[-1]).split(rows) for t in tensors), strict=True)
+    if not _in_one_pass(z, gain):
+        return reference(z, gain, bias, axis)
+    c, one = _shift_and_one(gain, bias)
+    found = torch.native_batch_norm(_channels_second(z, axis), gain, c, c, one, False, 0.0, 0.0)[0]
+    return _channels_back(found, z.shape, axis)
 
 
 class _Rescale(torch.autograd.Function):
@@ -84,9 +74,9 @@ class _Rescale(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         z, gain, bias = ctx.saved_tensors
-        run = _gradients if torch.is_grad_enabled() else _gradients_in_pieces
-        dz, dgain = run(dy, z, gain, bias, ctx.axis, ctx.needs_input_grad[0])
-        return dz, dgain, None, None
+        if z is not None and not torch.is_grad_enabled() and dy.dtype is z.dtype and _in_one_pass(z, gain):
+            return *_gradients_in_one_pass(dy, z, gain, bias, ctx.axis, ctx.needs_input_grad[0]), None, None
+        return *_gradients(dy, z, gain, bias, ctx.axis, ctx.needs_input_grad[0]), None, None
 
 
 def _gradients(
@@ -98,37 +88,37 @@ def _gradients(
     if z is None:
         return dz, None
     part = z.to(dtype) if bias is None else z - _along(bias.to(dtype), axis)
-    return dz, _summed(part * dy, axis).to(gain.dtype)
+    others = [i for i in range(dy.dim()) if i != dy.dim() + axis]
+    products = part * dy
+    return dz, (products.sum(others) if others else products).to(gain.dtype)
 
 
-def _gradients_in_pieces(
-    dy: Tensor, z: Tensor | None, gain: Tensor, bias: Tensor | None, axis: int, z_needs: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    dtype = torch.promote_types(dy.dtype, torch.float32)
-    g = _along(gain.to(dtype), axis)
-    c = None if bias is None else _along(bias.to(dtype), axis)
-    dz = torch.empty_like(dy)  # also where products are made on the way to dg
-    dgain = None if z is None else g.new_zeros(gain.shape)
-    for dy_piece, z_piece, dz_piece in _pieces(axis, dy, dy if z is None else z, dz):
-        if dy.dtype is dtype:
-            if dgain is not None:
-                torch.mul(z_piece if c is None else torch.sub(z_piece, c, out=dz_piece), dy_piece, out=dz_piece)
-                dgain += _summed(dz_piece, axis)
-            if z_needs:
-                torch.mul(dy_piece, g, out=dz_piece)
-            continue
-        wide = dy_piece.to(dtype)
-        if dgain is not None:
-            part = z_piece.to(dtype)
-            dgain += _summed((part if c is None else part.sub_(c)).mul_(wide), axis)
-        if z_needs:
-            dz_piece.copy_(wide.mul_(g))
-    return dz if z_needs else None, None if dgain is None else dgain.to(gain.dtype)
+def _gradients_in_one_pass(
+    dy: Tensor, z: Tensor, gain: Tensor, bias: Tensor | None, axis: int, z_needs: bool
+) -> tuple[Tensor | None, Tensor]:
+    c, one = _shift_and_one(gain, bias)
+    images = _channels_second(dy, axis), _channels_second(z, axis)
+    found = torch.ops.aten.native_batch_norm_backward(
+        *images, gain, c, one, c, one, False, 0.0, [z_needs, True, False]
+    )
+    return _channels_back(found[0], z.shape, axis) if z_needs else None, found[1]
 
 
-def _summed(t: Tensor, axis: int) -> Tensor:
-    """Over all axes but `axis`."""
-    if axis == -1 and t.is_cpu and t.dim() == 2:
-        return (t.new_ones(1, len(t)) @ t)[0]  # on a CPU half the time of `sum`
-    others = [i for i in range(t.dim()) if i != t.dim() + axis]
-    return t.sum(others) if others else t
+def _in_one_pass(z: Tensor, gain: Tensor) -> bool:
+    """Whether torch has batch norm for these: on a CPU, z with numbers, and gains as wide as sums."""
+    return z.is_cpu and z.numel() > 0 and gain.dtype is torch.promote_types(z.dtype, torch.float32)
+
+
+def _shift_and_one(gain: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    return gain.new_zeros(gain.shape) if bias is None else bias.to(gain.dtype), torch.ones_like(gain)
+
+
+def _channels_second(t: Tensor, axis: int) -> Tensor:
+    """(batch features …), as batch norm has it, without a copy: features that lie last are an image's channels."""
+    if axis == -1:
+        return t.reshape(-1, t.shape[-1]).t()[None, :, :, None]
+    return t if t.dim() == 1 - axis else t[None]
+
+
+def _channels_back(t: Tensor, shape: torch.Size, axis: int) -> Tensor:
+    return (t[0, :, :, 0].t() if axis == -1 else t).reshape(shape)
