@@ -62,23 +62,35 @@ def row_norms(
     dtype = wide(weight, a, b)
     a, b = a.to(dtype), b.to(dtype)
     traced = composed(weight)
-    cross, squares = _read(weight, a, squares, whole=traced)
+    twice = a * (2 * scale)
+    cross, squares = _read(weight, twice, squares, whole=traced)
     found = squares
     if a.shape[-2]:
-        gram = a @ a.mT
-        found = squares + (cross * b).sum(-1) * (2 * scale) + ((b @ gram) * b).sum(-1) * (scale * scale)
-        if not traced:
-            # without their signs: what BA adds up from may cancel within it as well
-            terms = ((b.abs() @ gram.abs_()) * b.abs()).sum(-1) * (scale * scale)
+        gram = twice @ a.mT * (scale / 2)
+        inner = torch.addmm(cross, b, gram) if b.dim() == 2 else torch.baddbmm(cross, b, gram)
+        found = torch.linalg.vecdot(b, inner) + squares
+        if not traced and _may_cancel(squares, b, gram):
+            # without signs, since what BA adds up from may cancel within it as well
+            terms = torch.linalg.vecdot(b.abs(), b.abs() @ gram.abs())
             low = found < (squares + terms) * CANCELLED
             if low.any():
                 found[low] = _again(weight, a, b, scale, low)
-    return found.clamp_min(torch.finfo(dtype).tiny).sqrt(), squares
+    return found.clamp_min(torch.finfo(dtype).tiny).sqrt_(), squares
+
+
+def _may_cancel(squares: Tensor, b: Tensor, gram: Tensor) -> bool:
+    """Whether s·BA is more than half as long as W in any row, by a bound of its length over all of them.
+
+    squares: (out), b: (out r), gram: s² A Aᵀ: (r r).
+    """
+    least, most = torch.aminmax(b)
+    longest = max(float(most), -float(least)) ** 2 * b.shape[-1] * float(torch.linalg.vector_norm(gram))
+    return not 4 * longest <= float(squares.min())
 
 
 def _read(weight: Tensor, a: Tensor, squares: Tensor | None, *, whole: bool) -> tuple[Tensor, Tensor]:
-    """W Aᵀ: (out r), and ‖W‖² of the rows unless it is known."""
-    if whole or weight.dim() == 3:
+    """W Aᵀ: (out r), and ‖W‖² of the rows unless that is known."""
+    if whole or weight.dim() == 3 or weight.dtype is a.dtype and (squares is not None or weight.stride(-1) == 1):
         w = weight.to(a.dtype)
         return w @ a.mT, _squares(w) if squares is None else squares
     across = weight.stride(0) < weight.stride(1)  # a transposed view: its columns are what lies together in memory

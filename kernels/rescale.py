@@ -7,7 +7,7 @@ g stays in fp32 whatever z is in: rounded to bf16 beside 1 it would lose every c
 are exact, so that y is z bit for bit, which (z − c) g + c would not be. z is rounded once, and saved for backward in its
 own dtype; y, which whoever calls keeps anyway, would do but for those who write over it, and where g is 0.
 
-An evaluated batch norm of mean and shift c, variance 1 and weight g is the same function. On a CPU torch computes it in one
+An evaluated batch norm of mean c, variance 1, weight g and shift c is the same function. On a CPU torch computes it in one
 pass over z, and both gradients in one pass over z and dy, without widened copies of half precision.
 """
 
@@ -57,8 +57,9 @@ def _scaled(z: Tensor, gain: Tensor, bias: Tensor | None, axis: int, out: Tensor
         return torch.lerp(_along(bias.to(dtype), axis), z, g, out=out)  # exact where g is 1
     if not _in_one_pass(z, gain):
         return reference(z, gain, bias, axis)
-    c, one = _shift_and_one(gain, bias)
-    found = torch.native_batch_norm(_channels_second(z, axis), gain, c, c, one, False, 0.0, 0.0)[0]
+    none, one = gain.new_zeros(gain.shape), torch.ones_like(gain)
+    shift = none if bias is None else bias.to(gain.dtype) * (1 - gain)  # not c, with a mean of c: it rounds where g is 1
+    found = torch.native_batch_norm(_channels_second(z, axis), gain, shift, none, one, False, 0.0, 0.0)[0]
     return _channels_back(found, z.shape, axis)
 
 
@@ -96,7 +97,7 @@ def _gradients(
 def _gradients_in_one_pass(
     dy: Tensor, z: Tensor, gain: Tensor, bias: Tensor | None, axis: int, z_needs: bool
 ) -> tuple[Tensor | None, Tensor]:
-    c, one = _shift_and_one(gain, bias)
+    c, one = gain.new_zeros(gain.shape) if bias is None else bias.to(gain.dtype), torch.ones_like(gain)
     images = _channels_second(dy, axis), _channels_second(z, axis)
     found = torch.ops.aten.native_batch_norm_backward(
         *images, gain, c, one, c, one, False, 0.0, [z_needs, True, False]
@@ -107,10 +108,6 @@ def _gradients_in_one_pass(
 def _in_one_pass(z: Tensor, gain: Tensor) -> bool:
     """Whether torch has batch norm for these: on a CPU, z with numbers, and gains as wide as sums."""
     return z.is_cpu and z.numel() > 0 and gain.dtype is torch.promote_types(z.dtype, torch.float32)
-
-
-def _shift_and_one(gain: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    return gain.new_zeros(gain.shape) if bias is None else bias.to(gain.dtype), torch.ones_like(gain)
 
 
 def _channels_second(t: Tensor, axis: int) -> Tensor:
