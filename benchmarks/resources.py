@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks.measure import RESULTS
-from peftkit.kernels import dys_dyb, expand, shrink
+from peftkit.kernels import dora_norm_tiles, dys_dyb, expand, rescale_rows, shrink
 from peftkit.kernels.gpu import Launch
 
 PATH = RESULTS / "resources.json"
@@ -96,11 +96,21 @@ def _launches(dtype: torch.dtype, r: int, p: float, chip: int) -> Iterator[tuple
     if p:
         yield "add_shrink_dx", shrink.add_shrink_dx_launch(x, s, a, x, p, seed, tiles)
     if not p or r == 256:
+        gain = empty(WIDTH, dtype=torch.float32)
         yield "dys_dyb", dys_dyb.launch(x, b, s, 2.0, dys_dyb.tiles(dtype, r))[0]
+        tiles = dys_dyb.tiles(dtype, r, gained=True)
+        yield "dys_dyb gained", dys_dyb.launch(x, b, s, 2.0, tiles, x, gain, bias)[0]
+        for name, pair in ({"dora_norm": (a, b), "dora_norm, narrow pair": (a.to(dtype), b.to(dtype))}).items():
+            tiles = dora_norm_tiles.tiles(pair[0].dtype)
+            yield name, dora_norm_tiles.launch(w, *pair, 2.0, tiles)[0]
+        if dtype is not torch.float32 and r == 16:
+            yield "rescale_rows", rescale_rows.launch(x, gain, bias, x)
         yield (
             "expand forward",
             expand.launch(x, w.t(), bias, s, b.t(), x, 2.0, 0.0, None, expand.tiles(dtype, 0.0, chip)),
         )
+        tiles = expand.tiles(dtype, 0.0, chip)
+        yield "expand gained", expand.launch(x, w.t(), bias, s, b.t(), x, 2.0, 0.0, None, tiles, gain, x)
     if r < 256:
         yield "expand backward", expand.launch(x, w, None, s, a, x, 2.0, p, seed, expand.tiles(dtype, p, chip))
 
@@ -154,8 +164,8 @@ def _cuobjdump(cubin: bytes, flag: str) -> str:
 
 
 def needs_matrix(variant: Variant) -> bool:
-    """Products of fp32 in full precision have no matrix instruction."""
-    return ", fp32, " not in variant.name
+    """Products of fp32 in full precision have no matrix instruction, and `rescale_rows` has no product."""
+    return ", fp32, " not in variant.name and not variant.name.startswith("rescale_rows")
 
 
 def main() -> None:

@@ -7,7 +7,8 @@ operand is; a weight in half precision is widened a piece at a time.
 
 Where s·BA nearly cancels W the three terms are large and n² is small: its error is that of the terms. Such rows are
 computed again from their own numbers. Under torch.compile, torch.export and the transforms of torch.func they are not,
-since which rows those are depends on the values; there n² is only kept from falling below zero.
+since which rows those are depends on the values; there n² is only kept from falling below zero. On a GPU with Triton
+none of this applies: `dora_norm_tiles` makes W + s·BA a tile at a time.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch._C._functorch import maybe_current_level
+
+from peftkit.kernels.choice import why_not_triton
 
 # Numbers of a weight in half precision that are widened at a time.
 PIECE, GPU_PIECE = 2**20, 2**24
@@ -49,8 +52,9 @@ def composed(weight: Tensor) -> bool:
 @torch.no_grad()
 def row_norms(
     weight: Tensor, a: Tensor, b: Tensor, scale: float, squares: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """‖W + s·BA‖ of every row, and ‖W‖², to be given again as `squares` while W is the same; both detached: (out).
+) -> tuple[Tensor, Tensor | None]:
+    """‖W + s·BA‖ of every row, and ‖W‖² where it was needed, to be given again as `squares` while W is the same; both
+    detached: (out).
 
     weight: (out in), in any memory layout, a: (r in), b: (out r); or all three with groups in front. In fp32, or fp64
     where an operand is. No norm is zero: the least is the root of the dtype's smallest normal number, so that a row of
@@ -59,6 +63,10 @@ def row_norms(
     if not weight.is_meta and torch.is_autocast_enabled(weight.device.type):
         with torch.autocast(weight.device.type, enabled=False):
             return row_norms(weight, a, b, scale, squares)
+    if _in_tiles(weight, a, b):
+        from peftkit.kernels.dora_norm_tiles import OPERATOR  # imports Triton
+
+        return OPERATOR(weight, a, b, scale), None
     dtype = wide(weight, a, b)
     a, b = a.to(dtype), b.to(dtype)
     traced = composed(weight)
@@ -78,6 +86,12 @@ def row_norms(
     return found.clamp_min(torch.finfo(dtype).tiny).sqrt_(), squares
 
 
+def _in_tiles(weight: Tensor, a: Tensor, b: Tensor) -> bool:
+    if not weight.is_cuda or weight.dim() != 2 or maybe_current_level() is not None:
+        return False
+    return all(why_not_triton(weight.device, t.dtype) is None for t in (weight, a, b))
+
+
 def _may_cancel(squares: Tensor, b: Tensor, gram: Tensor) -> bool:
     """Whether s·BA is more than half as long as W in any row, by a bound of its length over all of them.
 
@@ -90,7 +104,7 @@ def _may_cancel(squares: Tensor, b: Tensor, gram: Tensor) -> bool:
 
 def _read(weight: Tensor, a: Tensor, squares: Tensor | None, *, whole: bool) -> tuple[Tensor, Tensor]:
     """W Aᵀ: (out r), and ‖W‖² of the rows unless that is known."""
-    if whole or weight.dim() == 3 or weight.dtype is a.dtype and (squares is not None or weight.stride(-1) == 1):
+    if whole or weight.dim() == 3 or (weight.dtype is a.dtype and (squares is not None or weight.stride(-1) == 1)):
         w = weight.to(a.dtype)
         return w @ a.mT, _squares(w) if squares is None else squares
     across = weight.stride(0) < weight.stride(1)  # a transposed view: its columns are what lies together in memory

@@ -1,11 +1,12 @@
 """The base's product with the low-rank term added before the result leaves the chip.
 
-    Y = X W + bias + α · mask ∘ (S B)        X: (tokens k), W: (k n), S: (tokens r), B: (r n)
+    Z = X W + bias + α · mask ∘ (S B)        X: (tokens k), W: (k n), S: (tokens r), B: (r n)
+    Y = Z, or g ∘ Z + (1 − g) ∘ bias         g: (n)
 
 Forward it is x, Wᵀ, S and Bᵀ; backward dY, W, dS and A, where dropout masks the low-rank term. Added by a product
 of its own, the term costs another read and write of Y. W and B are read by strides, so neither is transposed.
 The low-rank product stands behind the loop over k, in chunks of the rank, and adds to the same fp32 sums:
-the result is rounded once.
+the result is rounded once. With gains, Z is rounded and written beside Y for backward.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from peftkit.kernels.gpu import (
     tl,
 )
 from peftkit.kernels.philox import keep_mask, threshold
+from peftkit.kernels.rescale import reference as rescale_reference
 
 # -- reference ----------------------------------------------------------------------------------------------------------
 
@@ -50,6 +52,20 @@ def reference(
     return y if bias is None else y + bias
 
 
+def reference_gained(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    gain: Tensor,
+    s: Tensor,
+    b: Tensor,
+    alpha: float,
+) -> tuple[Tensor, Tensor]:
+    """`expand_gained` in plain torch."""
+    z = reference(x, w, bias, s, b, alpha)
+    return rescale_reference(z, gain, bias), z
+
+
 # -- Triton -------------------------------------------------------------------------------------------------------------
 
 
@@ -67,9 +83,9 @@ class Tiles(NamedTuple):
 
 @jit
 def _expand(
-    x, w, bias, s, b, y, seed, tokens, fan_out, fan_in, r,
+    x, w, bias, gain, s, b, y, z, seed, tokens, fan_out, fan_in, r,
     x_row, x_col, w_row, w_col, b_row, b_col, alpha, bar,
-    BIAS: tl.constexpr, DROPOUT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    BIAS: tl.constexpr, GAIN: tl.constexpr, DROPOUT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     # programs that run at the same time share rows of x and columns of W
@@ -110,8 +126,14 @@ def _expand(
         x_at += K * x_col
         w_at += K * w_row
 
-    at = y + long_rows * fan_out + cols[None, :]
-    tl.store(at, acc.to(y.dtype.element_ty), mask=in_rows[:, None] & in_cols[None, :])
+    at = long_rows * fan_out + cols[None, :]
+    if GAIN:
+        tl.store(z + at, acc.to(z.dtype.element_ty), mask=in_rows[:, None] & in_cols[None, :])
+        g = tl.load(gain + cols, mask=in_cols, other=1.0)
+        acc *= g[None, :]
+        if BIAS:
+            acc += (tl.load(bias + cols, mask=in_cols, other=0.0).to(tl.float32) * (1.0 - g))[None, :]
+    tl.store(y + at, acc.to(y.dtype.element_ty), mask=in_rows[:, None] & in_cols[None, :])
 
 
 # -- launch -------------------------------------------------------------------------------------------------------------
@@ -135,23 +157,25 @@ def launch(
     dropout: float,
     seed: Tensor | None,
     t: Tiles,
+    gain: Tensor | None = None,
+    z: Tensor | None = None,
 ) -> Launch:
-    """The launch that fills its output."""
+    """The launch that fills y, and z where there is a gain."""
     (tokens, fan_in), fan_out, r = x.shape, w.shape[1], b.shape[0]
     arguments = dict(
-        x=x, w=w, bias=bias, s=s, b=b, y=y, seed=seed, tokens=tokens, fan_out=fan_out, fan_in=fan_in, r=r,
+        x=x, w=w, bias=bias, gain=gain, s=s, b=b, y=y, z=z, seed=seed, tokens=tokens, fan_out=fan_out, fan_in=fan_in, r=r,
         x_row=x.stride(0), x_col=x.stride(1), w_row=w.stride(0), w_col=w.stride(1),
         b_row=b.stride(0), b_col=b.stride(1), alpha=alpha, bar=threshold(dropout),
     )  # fmt: skip
     constants = {
-        "BIAS": bias is not None, "DROPOUT": dropout > 0, **dot_constants(x.dtype),
+        "BIAS": bias is not None, "GAIN": gain is not None, "DROPOUT": dropout > 0, **dot_constants(x.dtype),
         "M": t.m, "N": t.n, "K": t.k, "R": min(t.r, rank_tile(r)), "GROUP": t.group,
     }  # fmt: skip
     grid = (ceil_div(tokens, t.m) * ceil_div(fan_out, t.n),)
     return Launch(_expand, grid, arguments, constants, t.warps, t.stages)
 
 
-# -- public function ----------------------------------------------------------------------------------------------------
+# -- public functions ---------------------------------------------------------------------------------------------------
 
 
 def expand(
@@ -176,3 +200,23 @@ def expand(
         reachable(x), w, bias, s.contiguous(), b, y, alpha, dropout, seed, t or tiles(x.dtype, dropout, capability(x))
     )()
     return y
+
+
+def expand_gained(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    gain: Tensor,
+    s: Tensor,
+    b: Tensor,
+    alpha: float,
+    t: Tiles | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Y = g ∘ Z + (1 − g) ∘ bias, and Z = X W + bias + α · S B: (tokens n) each, in the dtype of x.
+
+    gain: (n) in fp32; all else as for `expand`. Where g is 1, Y is what `expand` gives.
+    """
+    y, z = (x.new_empty(x.shape[0], w.shape[1]) for _ in range(2))
+    bias, t = None if bias is None else bias.contiguous(), t or tiles(x.dtype, 0.0, capability(x))
+    launch(reachable(x), w, bias, s.contiguous(), b, y, alpha, 0.0, None, t, gain.contiguous(), z)()
+    return y, z

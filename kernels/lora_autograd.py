@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftkit.kernels import torch_way
+from peftkit.kernels.rescale import gradients, scaled
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -19,56 +20,78 @@ def rows(x: Tensor) -> Tensor:
 
 
 class LoraLinear(torch.autograd.Function):
-    """The torch way for eager calls. Saves x where A is trained, S where B is, and with dropout a byte a number of x."""
+    """The torch way for eager calls.
+
+    Saves x where A is trained, S where B is, with dropout a byte a number of x, and z, the output before its features are
+    multiplied by `gain`, where that is trained.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x, y, weight, bias, a, b, scale, dropout, seed):
-        _, _, _, _, a_trains, b_trains, *_ = ctx.needs_input_grad
+    def forward(ctx: Any, x, y, weight, bias, gain, a, b, scale, dropout, seed):
+        _, _, _, _, gain_trains, a_trains, b_trains, *_ = ctx.needs_input_grad
         flat_y = None if y is None else rows(y)
         out, s, keep, ctx.alpha = torch_way.forward(rows(x), flat_y, weight, bias, a, b, scale, dropout, seed)
+        z = out if gain_trains else None
+        if gain is not None:
+            out = scaled(out, gain, bias, out=None if gain_trains else out)
         ctx.shape = x.shape
-        ctx.save_for_backward(x if a_trains else None, weight, a, b, s if b_trains else None, keep)
-        return out.view(*x.shape[:-1], out.shape[-1])
+        s, x = s if b_trains else None, x if a_trains else None
+        ctx.save_for_backward(x, z, weight, bias, gain, a, b, s, keep)
+        return out.view(*ctx.shape[:-1], out.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         with torch.autocast(grad.device.type, enabled=False):  # forward ran without it
-            x, weight, a, b, s, keep = ctx.saved_tensors
-            x_needs, y_needs, _, _, a_needs, b_needs, *_ = ctx.needs_input_grad
-            needs = x_needs, a_needs, b_needs
+            x, z, weight, bias, gain, a, b, s, keep = ctx.saved_tensors
+            x_needs, y_needs, _, _, gain_needs, a_needs, b_needs, *_ = ctx.needs_input_grad
+            needs, dy, dgain = (x_needs, a_needs, b_needs), rows(grad), None
             flat = None if x is None else rows(x)
             if torch.is_grad_enabled():
-                dx, da, db = again(rows(grad), flat, weight, a, b, s, keep, ctx.alpha, needs)
+                found = again(dy, flat, weight, gain, a, b, s, keep, ctx.alpha, needs, gain_needs)
+                dx, da, db, dgain = found
             else:
-                dx, da, db = torch_way.backward(rows(grad), flat, weight, a, b, s, keep, ctx.alpha, needs)
+                if gain is not None:
+                    dy, dgain = gradients(dy, z, gain, bias, -1, any(needs))
+                dx = da = db = None
+                if any(needs):
+                    assert dy is not None
+                    dx, da, db = torch_way.backward(dy, flat, weight, a, b, s, keep, ctx.alpha, needs)
         dx = None if dx is None else dx.view(ctx.shape)
-        return dx, grad if y_needs else None, None, None, da, db, None, None, None
+        return dx, grad if y_needs else None, None, None, dgain, da, db, None, None, None
 
 
 def again(
     dy: Tensor,
     x: Tensor | None,
     weight: Tensor | None,
+    gain: Tensor | None,
     a: Tensor,
     b: Tensor,
     s: Tensor | None,
     keep: Tensor | None,
     alpha: float,
     needs: torch_way.Needs,
+    gain_needs: bool = False,
 ) -> Gradients:
-    """The gradients out of place, for autograd to go through: what `create_graph=True` asks for."""
+    """dX, dA, dB and dgain out of place, for autograd to go through: what `create_graph=True` asks for."""
     x_needs, a_needs, b_needs = needs
-    if x is None and x_needs and b_needs:
+    if x is None and ((x_needs and b_needs) or gain_needs):
         raise RuntimeError("lora_linear: with `a` frozen x is not saved, so only first derivatives; use `reference`")
-    low = a.to(dy.dtype)
+    low, wide_b, dgain = a.to(dy.dtype), b.to(dy.dtype), None
     mask = 1 if keep is None else keep
-    if x is not None:
-        x = x * mask
-        s = F.linear(x, low)
-    ds = dy @ b.to(dy.dtype) * alpha
+    dropped = None if x is None else x * mask
+    if dropped is not None:
+        s = F.linear(dropped, low)
+    if gain_needs:
+        assert x is not None and weight is not None and s is not None and gain is not None
+        dgain = ((F.linear(x, weight) + F.linear(s, wide_b) * alpha) * dy).to(gain.dtype).sum(0)
+    if gain is not None:
+        dy = (dy * gain).to(dy.dtype)
+    ds = dy @ wide_b * alpha
     dx = ds @ low * mask if weight is None else dy @ weight + ds @ low * mask
     return (
         dx if x_needs else None,
-        (ds.t() @ x).to(a.dtype) if a_needs and x is not None else None,
+        (ds.t() @ dropped).to(a.dtype) if a_needs and dropped is not None else None,
         (dy.t() @ s * alpha).to(b.dtype) if b_needs and s is not None else None,
+        dgain,
     )

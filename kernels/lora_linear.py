@@ -110,14 +110,14 @@ def lora_linear(
             if b.dtype is y.dtype and x.dim() == 2:
                 return y.addmm_(F.linear(x, a), b.t(), alpha=scale)
             return _add_to_fresh(y, x, a, b, scale)
-        _check(x, weight, bias, a, b, dropout, None, seed)
+        check(x, weight, bias, a, b, dropout, None, seed)
         # asked even where nothing is trained now: a checkpoint runs both ways, and must draw the same mask
         base_trains = weight.requires_grad or (bias is not None and bias.requires_grad)
-        if base_trains or _must_compose(x, weight, way):
+        if base_trains or must_compose(x, weight, way):
             return reference(x, weight, bias, a, b, scale, dropout, seed)
-        return _kernel(x, None, weight, bias, a, b, scale, dropout, seed, way)
+        return kernel(x, None, weight, bias, None, a, b, scale, dropout, seed, way)
     except Exception:
-        _check(x, weight, bias, a, b, dropout, None, seed)
+        check(x, weight, bias, a, b, dropout, None, seed)
         raise
 
 
@@ -136,17 +136,18 @@ def lora_delta(
 
     y is not changed. Otherwise as `lora_linear`.
     """
-    _check(x, None, None, a, b, dropout, y, seed)
-    if x.dtype is not y.dtype or _must_compose(x, y, way):
+    check(x, None, None, a, b, dropout, y, seed)
+    if x.dtype is not y.dtype or must_compose(x, y, way):
         return reference_delta(x, y, a, b, scale, dropout, seed)
-    return _kernel(x, y, None, None, a, b, scale, dropout, seed, way)
+    return kernel(x, y, None, None, None, a, b, scale, dropout, seed, way)
 
 
-def _kernel(
+def kernel(
     x: Tensor,
     y: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
+    gain: Tensor | None,
     a: Tensor,
     b: Tensor,
     scale: float,
@@ -158,12 +159,12 @@ def _kernel(
     if not x.is_cuda and not INTERPRETED and not torch._C._len_torch_dispatch_stack():
         if forced := way or os.environ.get(choice.VARIABLE):
             choice.checked(forced, x.device, x.dtype, a.shape[0])  # as the operator does itself
-        return LoraLinear.apply(x, y, weight, bias, a, b, scale, dropout, seed)  # type: ignore[return-value]
+        return LoraLinear.apply(x, y, weight, bias, gain, a, b, scale, dropout, seed)  # type: ignore[return-value]
     from peftkit.kernels import lora_op  # registers the operators, which takes too long for an import of peftkit
 
     if dropout and seed is None:
         seed = torch.randint(2**63 - 1, (1,), device=x.device)
-    return lora_op.FORWARD(x, y, weight, bias, a, b, scale, dropout, seed, way or "")[0]
+    return lora_op.FORWARD(x, y, weight, bias, gain, a, b, scale, dropout, seed, way or "")[0]
 
 
 def _add_to_fresh(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -173,7 +174,7 @@ def _add_to_fresh(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> T
     return y
 
 
-def _must_compose(x: Tensor, base: Tensor, way: str | None) -> bool:
+def must_compose(x: Tensor, base: Tensor, way: str | None) -> bool:
     """Whether plain operators are needed, or cheaper.
 
     It does not ask for gradients: a checkpoint runs without them first, and must then draw the same mask.
@@ -190,7 +191,7 @@ def _must_compose(x: Tensor, base: Tensor, way: str | None) -> bool:
     )
 
 
-def _check(
+def check(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,

@@ -19,6 +19,9 @@ import torch
 from torch import Tensor
 from torch._C._functorch import maybe_current_level
 
+from peftkit.kernels.choice import why_not_triton
+
+
 def reference(z: Tensor, gain: Tensor, bias: Tensor | None = None, axis: int = -1) -> Tensor:
     """`rescale` in plain operators: what it is tested against, and what is traced."""
     dtype = torch.promote_types(z.dtype, torch.float32)
@@ -41,24 +44,38 @@ def rescale(z: Tensor, gain: Tensor, bias: Tensor | None = None, axis: int = -1,
         return reference(z, gain, bias, axis)
     if trains:
         return _Rescale.apply(z, gain, bias, axis)  # type: ignore[return-value]
-    return _scaled(z, gain, bias, axis, z if own else None)
+    return scaled(z, gain, bias, axis, z if own else None)
 
 
 def _along(t: Tensor, axis: int) -> Tensor:
     return t if axis == -1 else t.view(-1, *(1,) * (-axis - 1))
 
 
-def _scaled(z: Tensor, gain: Tensor, bias: Tensor | None, axis: int, out: Tensor | None) -> Tensor:
+def scaled(z: Tensor, gain: Tensor, bias: Tensor | None, axis: int = -1, out: Tensor | None = None) -> Tensor:
+    """`rescale` as autograd does not see it; out: z itself, where it may be written over."""
     dtype = torch.promote_types(z.dtype, torch.float32)
     g = _along(gain.to(dtype), axis)
     if z.dtype is dtype:
         if bias is None:
             return torch.mul(z, g, out=out)
         return torch.lerp(_along(bias.to(dtype), axis), z, g, out=out)  # exact where g is 1
+    if (
+        z.is_cuda
+        and axis == -1
+        and gain.dtype is dtype
+        and z.is_contiguous()
+        and why_not_triton(z.device, z.dtype) is None
+    ):
+        from peftkit.kernels.rescale_rows import rescale_rows
+
+        flat = z.view(-1, z.shape[-1])
+        return rescale_rows(flat, gain, bias, None if out is None else flat).view(z.shape)
     if not _in_one_pass(z, gain):
         return reference(z, gain, bias, axis)
     none, one = gain.new_zeros(gain.shape), torch.ones_like(gain)
-    shift = none if bias is None else bias.to(gain.dtype) * (1 - gain)  # not c, with a mean of c: it rounds where g is 1
+    shift = (
+        none if bias is None else bias.to(gain.dtype) * (1 - gain)
+    )  # not c, with a mean of c: it rounds where g is 1
     found = torch.native_batch_norm(_channels_second(z, axis), gain, shift, none, one, False, 0.0, 0.0)[0]
     return _channels_back(found, z.shape, axis)
 
@@ -70,20 +87,20 @@ class _Rescale(torch.autograd.Function):
     def forward(ctx: Any, z, gain, bias, axis):
         ctx.axis = axis
         ctx.save_for_backward(z if ctx.needs_input_grad[1] else None, gain, bias)
-        return _scaled(z, gain, bias, axis, None)
+        return scaled(z, gain, bias, axis, None)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         z, gain, bias = ctx.saved_tensors
-        if z is not None and not torch.is_grad_enabled() and dy.dtype is z.dtype and _in_one_pass(z, gain):
-            return *_gradients_in_one_pass(dy, z, gain, bias, ctx.axis, ctx.needs_input_grad[0]), None, None
-        return *_gradients(dy, z, gain, bias, ctx.axis, ctx.needs_input_grad[0]), None, None
+        return *gradients(dy, z, gain, bias, ctx.axis, ctx.needs_input_grad[0]), None, None
 
 
-def _gradients(
+def gradients(
     dy: Tensor, z: Tensor | None, gain: Tensor, bias: Tensor | None, axis: int, z_needs: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Out of place, for autograd to go through: what `create_graph=True` asks for."""
+    """dz where it is needed, and dg: (features) where z is given; differentiable while gradients are asked for."""
+    if z is not None and not torch.is_grad_enabled() and dy.dtype is z.dtype and _in_one_pass(z, gain):
+        return _gradients_in_one_pass(dy, z, gain, bias, axis, z_needs)
     dtype = torch.promote_types(dy.dtype, torch.float32)
     dz = (dy * _along(gain.to(dtype), axis)).to(dy.dtype) if z_needs else None
     if z is None:
@@ -99,9 +116,7 @@ def _gradients_in_one_pass(
 ) -> tuple[Tensor | None, Tensor]:
     c, one = gain.new_zeros(gain.shape) if bias is None else bias.to(gain.dtype), torch.ones_like(gain)
     images = _channels_second(dy, axis), _channels_second(z, axis)
-    found = torch.ops.aten.native_batch_norm_backward(
-        *images, gain, c, one, c, one, False, 0.0, [z_needs, True, False]
-    )
+    found = torch.ops.aten.native_batch_norm_backward(*images, gain, c, one, c, one, False, 0.0, [z_needs, True, False])
     return _channels_back(found[0], z.shape, axis) if z_needs else None, found[1]
 
 
@@ -111,10 +126,13 @@ def _in_one_pass(z: Tensor, gain: Tensor) -> bool:
 
 
 def _channels_second(t: Tensor, axis: int) -> Tensor:
-    """(batch features …), as batch norm has it, without a copy: features that lie last are an image's channels."""
+    """(batch features …), as batch norm has it; features that lie last are an image's channels.
+
+    Always in one layout: where z and dy differ, torch's gradients of batch norm can be wrong (2.13, on a CPU).
+    """
     if axis == -1:
-        return t.reshape(-1, t.shape[-1]).t()[None, :, :, None]
-    return t if t.dim() == 1 - axis else t[None]
+        return t.reshape(-1, t.shape[-1]).contiguous().t()[None, :, :, None]
+    return (t if t.dim() == 1 - axis else t[None]).contiguous()
 
 
 def _channels_back(t: Tensor, shape: torch.Size, axis: int) -> Tensor:

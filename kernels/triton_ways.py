@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftkit.kernels import augmented, philox
-from peftkit.kernels.dys_dyb import dys_dyb
-from peftkit.kernels.expand import expand
+from peftkit.kernels.dys_dyb import dys_dyb, dys_dyb_gained
+from peftkit.kernels.expand import expand, expand_gained
+from peftkit.kernels.rescale import gradients
+from peftkit.kernels.rescale_rows import rescale_rows
 from peftkit.kernels.shrink import add_shrink_dx, shrink, shrink_da
 from peftkit.kernels.torch_way import Needs, add_low_rank, gradient_of_s, wide_mm
 
@@ -25,21 +27,30 @@ def forward(
     y: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
+    gain: Tensor | None,
     a: Tensor,
     b: Tensor,
     scale: float,
     dropout: float,
     seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """x Wᵀ + bias, or y where weight is None, plus the low-rank term; S: (tokens r). x: (tokens in), y: (tokens out)."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The output; S: (tokens r); z = x Wᵀ + bias, or y where weight is None, plus the low-rank term: (tokens out).
+
+    x: (tokens in), y: (tokens out). Without a gain z is the output.
+    """
     alpha = scale / philox.kept(dropout)
     fused = way == "epilogue"
     s = shrink(x, a, dropout, seed) if fused or dropout else F.linear(x, a.to(x.dtype))
+    if fused and weight is not None and gain is not None:
+        out, z = expand_gained(x, weight.t(), bias, gain, s, b.t(), alpha)
+        return out, s, z
     if fused and weight is not None:
-        return expand(x, weight.t(), bias, s, b.t(), alpha), s
-    if way == "augmented" and weight is not None:
-        return augmented.forward(x, weight, bias, s, b, alpha), s
-    return add_low_rank(x, y, weight, bias, s, b, alpha), s
+        z = expand(x, weight.t(), bias, s, b.t(), alpha)
+    elif way == "augmented" and weight is not None:
+        z = augmented.forward(x, weight, bias, s, b, alpha)
+    else:
+        z = add_low_rank(x, y, weight, bias, s, b, alpha)
+    return z if gain is None else rescale_rows(z, gain, bias), s, z
 
 
 def backward(
@@ -47,6 +58,7 @@ def backward(
     dy: Tensor,
     x: Tensor | None,
     weight: Tensor | None,
+    gained: tuple[Tensor | None, Tensor, Tensor | None] | None,
     a: Tensor,
     b: Tensor,
     s: Tensor | None,
@@ -54,17 +66,29 @@ def backward(
     dropout: float,
     seed: Tensor | None,
     needs: Needs,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dX: (tokens in), dA: (r in), dB: (out r), each where `needs` asks for it."""
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """dX: (tokens in), dA: (r in), dB: (out r), each where `needs` asks for it; dgain: (out) where z is given.
+
+    gained: z where the gain is trained, the gain, and the bias; z: (tokens out).
+    """
     x_needs, a_needs, b_needs = needs
     alpha = scale / philox.kept(dropout)
     fused = way == "epilogue"
-    dx = ds = da = db = None
-    if way == "augmented" and x_needs and weight is not None:
+    dx = ds = da = db = dgain = None
+    if gained is not None:
+        z, gain, bias = gained
+        if z is not None and s is not None:  # whatever the way: dZ has to be written, and then the rest is nearly free
+            ds, db, dy, dgain = dys_dyb_gained(dy, b, s, alpha, z, gain, bias)
+        else:
+            dz, dgain = gradients(dy, z, gain, bias, -1, any(needs))
+            if dz is None:
+                return None, None, None, dgain
+            dy = dz
+    if way == "augmented" and ds is None and x_needs and weight is not None:
         dx, ds = augmented.backward(dy, weight, b, alpha)
-    elif fused and b_needs and s is not None and b.shape[1] <= SHARED_RANK:
+    elif fused and ds is None and b_needs and s is not None and b.shape[1] <= SHARED_RANK:
         ds, db = dys_dyb(dy, b, s, alpha)
-    elif x_needs or a_needs:
+    elif ds is None and (x_needs or a_needs):
         ds = gradient_of_s(dy, b, alpha)
     if b_needs and db is None:
         assert s is not None
@@ -83,4 +107,5 @@ def backward(
         else:
             dx = dy @ weight if weight is not None else dy.new_zeros(len(dy), a.shape[1])
             dx = add_shrink_dx(dx, ds, a, dropout, seed) if dropout else dx.addmm_(ds, a.to(dx.dtype))
-    return dx, None if da is None else da.to(a.dtype), None if db is None else db.to(b.dtype)
+    db = db if b_needs else None
+    return dx, None if da is None else da.to(a.dtype), None if db is None else db.to(b.dtype), dgain

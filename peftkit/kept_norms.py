@@ -30,7 +30,7 @@ class _Kept(NamedTuple):
     a: Tensor
     b: Tensor
     scale: float
-    squares: Tensor
+    squares: Tensor | None
     norms: Tensor
     folded: list[_Folded]  # one, or none yet
 
@@ -43,8 +43,9 @@ class KeptNorms:
 
     A write through `.data`, or by an engine that shards, moves no version counter. So A and B are compared number by
     number with copies of them, which costs little beside a product, and W by identity, address, version counter and a
-    sample of its numbers. Nothing is kept under a tracer. What is kept is one tuple, assigned at once, so that threads see a
-    whole one; copies and pickles begin with none.
+    sample of its numbers. Nothing is kept under a tracer, nor off a CPU, where waiting for the answer would cost more than
+    the norms. What is kept is one tuple, assigned at once, so that threads see a whole one; copies and pickles begin with
+    none.
     """
 
     __slots__ = ("_kept",)
@@ -54,7 +55,7 @@ class KeptNorms:
 
     def of(self, host: Host, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
         """The norms of all rows, of all groups together: (out), detached, in fp32 or wider."""
-        if composed(weight):
+        if not weight.is_cpu or composed(weight):
             return row_norms(*host.as_matrices(weight, a, b), scale)[0].reshape(-1)
         return self._current(host, weight, a, b, scale).norms
 

@@ -188,9 +188,9 @@ def test_it_follows_a_change_of_dtype():
 @settings(max_examples=40, deadline=None)
 @given(
     rows=st.integers(0, 40), width=st.integers(1, 40), dtype=DTYPES, bias=st.booleans(), axis=st.sampled_from([-1, -3]),
-    turned=st.booleans(), seed=st.integers(0, 99),
+    turned=st.booleans(), dy_turned=st.booleans(), seed=st.integers(0, 99),
 )  # fmt: skip
-def test_rescaling_and_its_gradients(rows, width, dtype, bias, axis, turned, seed):
+def test_rescaling_and_its_gradients(rows, width, dtype, bias, axis, turned, dy_turned, seed):
     torch.manual_seed(seed)
     wide = torch.promote_types(dtype, torch.float32)
     z = torch.randn(rows, width).to(dtype) if axis == -1 else torch.randn(rows, width, 2, 3).to(dtype)
@@ -198,7 +198,8 @@ def test_rescaling_and_its_gradients(rows, width, dtype, bias, axis, turned, see
     g, c = torch.randn(width, dtype=wide), torch.randn(width).to(dtype) if bias else None
     z.requires_grad_(), g.requires_grad_()
     y = rescale(z, g, c, axis)
-    dy = torch.randn_like(y)
+    dy = torch.randn(y.shape).to(dtype)
+    dy = dy.transpose(0, 1).contiguous().transpose(0, 1) if dy_turned else dy
     found = torch.autograd.grad(y, (z, g), dy)
     with torch.no_grad():
         assert torch.equal(rescale(z.detach().clone(), g, c, axis, own=True), y)

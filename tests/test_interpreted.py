@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="there is no Triton")
-@pytest.mark.parametrize("file", ["test_kernels.py", "test_ways.py"])
+@pytest.mark.parametrize("file", ["test_kernels.py", "test_ways.py", "test_dora_linear.py"])
 def test_kernels_interpreted(file):
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(

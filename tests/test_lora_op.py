@@ -76,7 +76,7 @@ def test_a_seed_draws_one_mask_on_every_path(monkeypatch, small):
     runs = [
         linear(*given, SCALE, 0.4, seed=seed),
         reference(*given, SCALE, 0.4, seed),
-        torch.ops.peftkit.lora_linear(given[0], None, *given[1:], SCALE, 0.4, seed, "torch")[0],
+        torch.ops.peftkit.lora_linear(given[0], None, *given[1:3], None, *given[3:], SCALE, 0.4, seed, "torch")[0],
         lora_delta(given[0], nn.functional.linear(*given[:3]), *given[3:], SCALE, 0.4, seed=seed),
     ]
     wanted = given[0], given[3], given[4]
@@ -96,12 +96,17 @@ def test_a_seed_draws_one_mask_on_every_path(monkeypatch, small):
 def test_opcheck(dropout, dtype):
     x, weight, bias, a, b = operands(dtype=dtype)
     seed = torch.tensor([5]) if dropout else None
-    torch.library.opcheck(lora_op.FORWARD, (x, None, weight, bias, a, b, SCALE, dropout, seed, ""))
+    gain = torch.rand(8, requires_grad=True)
+    torch.library.opcheck(lora_op.FORWARD, (x, None, weight, bias, None, a, b, SCALE, dropout, seed, ""))
+    torch.library.opcheck(lora_op.FORWARD, (x, None, weight, bias, gain, a, b, SCALE, dropout, seed, ""))
     y = torch.randn(6, 8, dtype=dtype, requires_grad=True)
-    torch.library.opcheck(lora_op.FORWARD, (x, y, None, None, a, b, SCALE, dropout, seed, ""))
-    dy, s = torch.randn(6, 8, dtype=dtype), torch.randn(6, 3, dtype=dtype)
-    rest = SCALE, dropout, seed, "", [True, True, True]
-    torch.library.opcheck(lora_op.BACKWARD, (dy, x.detach(), weight, a.detach(), b.detach(), s, *rest))
+    torch.library.opcheck(lora_op.FORWARD, (x, y, None, None, None, a, b, SCALE, dropout, seed, ""))
+    dy, s, z = torch.randn(6, 8, dtype=dtype), torch.randn(6, 3, dtype=dtype), torch.randn(6, 8, dtype=dtype)
+    x, a, b, gain, rest = x.detach(), a.detach(), b.detach(), gain.detach(), (SCALE, dropout, seed, "")
+    torch.library.opcheck(
+        lora_op.BACKWARD, (dy, x, None, weight, bias, None, a, b, s, *rest, [True, True, True, False])
+    )
+    torch.library.opcheck(lora_op.BACKWARD, (dy, x, z, weight, bias, gain, a, b, s, *rest, [True] * 4))
 
 
 def test_the_operator_is_one_node_of_a_compiled_graph():
@@ -113,7 +118,7 @@ def test_the_operator_is_one_node_of_a_compiled_graph():
 
     given = operands()
     compiled = torch.compile(
-        lambda x, w, c, a, b: torch.ops.peftkit.lora_linear(x, None, w, c, a, b, SCALE, 0.0, None, "")[0],
+        lambda x, w, c, a, b: torch.ops.peftkit.lora_linear(x, None, w, c, None, a, b, SCALE, 0.0, None, "")[0],
         fullgraph=True,
         backend=backend,
     )
@@ -124,7 +129,7 @@ def test_the_operator_is_one_node_of_a_compiled_graph():
 def test_the_operator_casts_under_autocast():
     given = operands()
     with torch.autocast("cpu", torch.bfloat16):
-        y, _ = torch.ops.peftkit.lora_linear(given[0], None, *given[1:], SCALE, 0.0, None, "")
+        y, *_ = torch.ops.peftkit.lora_linear(given[0], None, *given[1:3], None, *given[3:], SCALE, 0.0, None, "")
     assert y.dtype is torch.bfloat16
     gradient = torch.autograd.grad(y.sum(), given[3])[0]
     assert gradient.dtype is torch.float32 and gradient.abs().sum() > 0

@@ -32,8 +32,8 @@ from peftkit.graft import underneath
 from peftkit.holder import graft_of
 from peftkit.hosts import Host, LinearHost, host_of
 from peftkit.kept_norms import KeptNorms
+from peftkit.kernels.dora_linear import dora_linear
 from peftkit.kernels.dora_norm import composed, row_norms
-from peftkit.kernels.lora_linear import lora_linear
 from peftkit.kernels.rescale import rescale
 from peftkit.leading import INITS as FROM_BASE
 from peftkit.pairs import PairAdapter, PairConfig
@@ -211,13 +211,16 @@ class DoRAAdapter(PairAdapter):
             z = self.host.add_low_rank(x, y, *self.factors(), self.scale, p) if self.shape.pair else y
         else:
             w = weight.t() if self.transposed else weight
-            z = lora_linear(x, w, bias, *self.factors(), self.scale, p) if self.shape.pair else F.linear(x, w, bias)
+            if self.shape.pair:
+                return dora_linear(x, w, bias, g, *self.factors(), self.scale, p)
+            z = F.linear(x, w, bias)
         return rescale(z, g, bias, self.host.feature_axis, own=True)
 
     def _folds(self, x: Tensor, weight: Tensor, p: float) -> bool:
         """Whether there are few tokens, all is of one kind, and nothing but the output is wanted."""
         return (
             not torch.is_grad_enabled()
+            and weight.is_cpu
             and isinstance(self.host, LinearHost)
             and x.numel() <= FEW * x.shape[-1]
             and weight.dtype.itemsize >= 4  # gains are fp32 at least
@@ -272,8 +275,10 @@ class DoRAAdapter(PairAdapter):
         if self.shape.pair:
             self.draw()
         weight = self.host.base_weight
-        if not weight.is_meta:  # one of the pair is zero, so the norms are those without it, to the bit
-            n, _ = row_norms(*self.host.as_matrices(weight, *self._no_pair()), self.scale)
+        if not weight.is_meta:
+            # one of the pair is zero; on a CPU the norms are those without it to the bit, and cheaper
+            pair = self._no_pair() if weight.is_cpu else self.factors()
+            n, _ = row_norms(*self.host.as_matrices(weight, *pair), self.scale)
             self.lora_magnitude_vector.copy_(n.reshape(-1))
 
     # -- the file -----------------------------------------------------------------------------------------------------

@@ -19,8 +19,9 @@ from gpu_helpers import (
     tokens,
 )
 from hypothesis import given
+from hypothesis import strategies as st
 
-from peftkit.kernels import dys_dyb, expand, shrink
+from peftkit.kernels import dora_norm, dora_norm_tiles, dys_dyb, expand, rescale, rescale_rows, shrink
 from peftkit.kernels.philox import keep_mask, threshold
 
 
@@ -85,6 +86,78 @@ def test_expand(t, k, n, r, dtype, pair, p, x, w):
         draw(n, r, dtype=pair or dtype).t() if k % 2 else draw(r, n, dtype=pair or dtype),
     )
     against(expand.expand, expand.reference, operands, dtype, 0.75, p, a_seed())
+
+
+def gains(n, dtype):
+    """Gains near 1 that the dtype can hold."""
+    return (1 + 0.1 * draw(n)).to(dtype).float()
+
+
+@quick
+@given(t=tokens, n=sizes, dtype=dtypes, bias=st.booleans())
+def test_rescale_rows(t, n, dtype, bias):
+    z, c = draw(t, n, dtype=dtype), draw(n, dtype=dtype) if bias else None
+    against(rescale_rows.rescale_rows, rescale.reference, (z, gains(n, dtype), c), dtype)
+    ones = torch.ones(n, device=DEVICE)
+    assert torch.equal(rescale_rows.rescale_rows(z, ones, c), z), "a gain of 1 changes no bit"
+    g = gains(n, dtype)
+    apart = rescale_rows.rescale_rows(z, g, c)
+    assert torch.equal(rescale_rows.rescale_rows(z, g, c, z), apart) and torch.equal(z, apart)
+
+
+@quick
+@given(t=tokens, n=sizes, r=ranks, dtype=dtypes, pair=pairs, layout=layouts, bias=st.booleans())
+def test_dys_dyb_with_gains(t, n, r, dtype, pair, layout, bias):
+    dy, b, s = (
+        draw(t, n, dtype=dtype, layout=layout), draw(n, r, dtype=pair or dtype), draw(t, r, dtype=dtype),
+    )  # fmt: skip
+    operands = draw(t, n, dtype=dtype), gains(n, dtype), draw(n, dtype=dtype) if bias else None
+
+    def run(function):
+        return lambda dy, b, s, z, gain, bias: function(dy, b, s, 0.75, z, gain, bias)
+
+    against(run(dys_dyb.dys_dyb_gained), run(dys_dyb.reference_gained), (dy, b, s, *operands), dtype)
+
+
+@quick
+@given(t=tokens, k=sizes, n=sizes, r=ranks, dtype=dtypes, pair=pairs, x=layouts, w=layouts)
+def test_expand_with_gains(t, k, n, r, dtype, pair, x, w):
+    operands = (
+        draw(t, k, dtype=dtype, layout=x),
+        draw(k, n, dtype=dtype, layout=w),
+        draw(n, dtype=dtype) if r % 2 else None,
+        gains(n, dtype),
+        draw(t, r, dtype=dtype),
+        draw(n, r, dtype=pair or dtype).t() if k % 2 else draw(r, n, dtype=pair or dtype),
+    )
+    against(expand.expand_gained, expand.reference_gained, operands, dtype, 0.75)
+    x, w, bias, gain, s, b = operands
+    y, z = expand.expand_gained(x, w, bias, torch.ones_like(gain), s, b, 0.75)
+    assert torch.equal(y, z) and torch.equal(y, expand.expand(x, w, bias, s, b, 0.75))
+
+
+@quick
+@given(n=sizes, k=sizes, r=ranks, dtype=dtypes, pair=pairs, layout=layouts, opposite=st.booleans())
+def test_dora_norm(n, k, r, dtype, pair, layout, opposite):
+    """Near the true norm even where s·BA is nearly −W."""
+    a, b = draw(r, k, dtype=pair or dtype), draw(n, r, dtype=pair or dtype)
+    w = draw(n, k, dtype=dtype, layout=layout)
+    if opposite:
+        w = (-1.5 * (b.double() @ a.double()) + 0.01 * w.double()).to(dtype)
+    found = dora_norm_tiles.dora_norm(w, a, b, 1.5)
+    true = dora_norm.reference(w.double(), a.double(), b.double(), 1.5)
+    size = (w.double().abs() + 1.5 * b.double().abs() @ a.double().abs()).norm(dim=1)
+    assert found.dtype is torch.float32
+    assert ((found - true).abs() <= 8 * torch.finfo(torch.float32).eps * size).all()
+    assert torch.equal(found, dora_norm_tiles.dora_norm(w, a, b, 1.5))
+
+
+def test_the_norm_of_a_row_of_zeros_divides():
+    w, a, b = draw(5, 40), draw(3, 40), draw(5, 3)
+    w[2] = b[2] = 0
+    n = dora_norm_tiles.dora_norm(w, a, b, 2.0)
+    assert n[2] > 0 and torch.isfinite(1 / n).all()
+    torch.testing.assert_close(dora_norm_tiles.dora_norm(w, a[:0], b[:, :0], 2.0), w.norm(dim=1).clamp_min(n[2]))
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])

@@ -152,14 +152,15 @@ def test_second_derivatives(way):
 def test_opcheck(way, p):
     x, weight, bias, a, b = operands(8, 16, 24, 4)
     seed = a_seed() if p else None
-    arguments = x, None, weight, bias, a, b, SCALE, p, seed, way
+    arguments = x, None, weight, bias, None, a, b, SCALE, p, seed, way
     lora_linear(x, weight, bias, a, b, SCALE, way=way)  # registers the operators
     torch.library.opcheck(torch.ops.peftkit.lora_linear.default, arguments)
-    _, s = torch.ops.peftkit.lora_linear(*arguments)
+    _, s, _ = torch.ops.peftkit.lora_linear(*arguments)
     dy = draw(8, 24)
-    backward = [t.detach() for t in (dy, x, weight, a, b, s)]
+    backward = dy, x.detach(), None, weight, bias, None, a.detach(), b.detach(), s
     torch.library.opcheck(
-        torch.ops.peftkit.lora_linear_backward.default, (*backward, SCALE, p, seed, way, [True, True, True])
+        torch.ops.peftkit.lora_linear_backward.default,
+        (*backward, SCALE, p, seed, way, [True, True, True, False]),
     )
 
 
