@@ -109,7 +109,7 @@ def _launches(dtype: torch.dtype, r: int, p: float, chip: int) -> Iterator[tuple
             "expand forward",
             expand.launch(x, w.t(), bias, s, b.t(), x, 2.0, 0.0, None, expand.tiles(dtype, 0.0, chip)),
         )
-        tiles = expand.tiles(dtype, 0.0, chip)
+        tiles = expand.tiles(dtype, 0.0, chip, gained=True)
         yield "expand gained", expand.launch(x, w.t(), bias, s, b.t(), x, 2.0, 0.0, None, tiles, gain, x)
     if r < 256:
         yield "expand backward", expand.launch(x, w, None, s, a, x, 2.0, p, seed, expand.tiles(dtype, p, chip))

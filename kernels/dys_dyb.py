@@ -102,10 +102,12 @@ def _dys_dyb(
 def tiles(dtype: torch.dtype, r: int, *, gained: bool = False) -> Tiles:
     """Wide blocks of columns, since every block leaves a share of dS; fewer where the rank, or Z, fills the registers."""
     if dtype is torch.float32:
-        return Tiles(16, 32, 8, 2) if r > 64 else Tiles(32, 64, 4, 2)
+        return Tiles(16, 32, 8, 2) if r > 64 else Tiles(32, 64, 8 if gained else 4, 2)
     if r > 64:
-        return Tiles(32, 64, 8, 2)
-    return Tiles(64, 128, 8, 2) if r > 32 or gained else Tiles(64, 256, 8, 3)
+        return Tiles(32, 32 if gained and r > 128 else 64, 8, 2)
+    if gained:
+        return Tiles(64, 64 if r > 32 else 128, 8, 2)
+    return Tiles(64, 128, 8, 2) if r > 32 else Tiles(64, 256, 8, 3)
 
 
 def launch(

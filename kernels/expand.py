@@ -139,11 +139,15 @@ def _expand(
 # -- launch -------------------------------------------------------------------------------------------------------------
 
 
-def tiles(dtype: torch.dtype, dropout: float = 0.0, chip: int = 90) -> Tiles:
-    """The largest tile that fits in the registers: beside a mask, and before Hopper, the smaller one."""
+def tiles(dtype: torch.dtype, dropout: float = 0.0, chip: int = 90, *, gained: bool = False) -> Tiles:
+    """The largest tile that fits in the registers: beside a mask, before Hopper, or with gains after it, a smaller one."""
     if dtype is torch.float32:
         return Tiles(64, 64, 32, 16, 8, 4, 3)
-    return Tiles(128, 128, 64, 32, 8, 8, 3) if dropout or chip < 90 else Tiles(128, 256, 64, 16, 8, 8, 3)
+    return (
+        Tiles(128, 128, 64, 32, 8, 8, 3)
+        if dropout or chip < 90 or (gained and chip > 90)
+        else Tiles(128, 256, 64, 16, 8, 8, 3)
+    )
 
 
 def launch(
@@ -217,6 +221,6 @@ def expand_gained(
     gain: (n) in fp32; all else as for `expand`. Where g is 1, Y is what `expand` gives.
     """
     y, z = (x.new_empty(x.shape[0], w.shape[1]) for _ in range(2))
-    bias, t = None if bias is None else bias.contiguous(), t or tiles(x.dtype, 0.0, capability(x))
+    bias, t = None if bias is None else bias.contiguous(), t or tiles(x.dtype, 0.0, capability(x), gained=True)
     launch(reachable(x), w, bias, s.contiguous(), b, y, alpha, 0.0, None, t, gain.contiguous(), z)()
     return y, z
