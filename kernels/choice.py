@@ -31,9 +31,16 @@ _DTYPES = torch.float32, torch.float16, torch.bfloat16
 
 
 def way(
-    device: torch.device, dtype: torch.dtype, tokens: int, fan_in: int, fan_out: int, r: int, dropout: float
+    device: torch.device,
+    dtype: torch.dtype,
+    tokens: int,
+    fan_in: int,
+    fan_out: int,
+    r: int,
+    dropout: float,
+    gained: bool = False,
 ) -> str:
-    """The way to take for a product of this shape.
+    """The way to take for a product of this shape; gained: whether its features are multiplied by gains.
 
     Raises:
         ValueError: the environment names a way that there is not, or that cannot run here.
@@ -43,7 +50,7 @@ def way(
         return checked(forced, device, dtype, r)
     if why_not_triton(device, dtype, r) is not None:
         return "torch"
-    found = _nearest(torch.cuda.get_device_name(device), (tokens, fan_in, fan_out, r), dropout > 0)
+    found = _nearest(torch.cuda.get_device_name(device), (tokens, fan_in, fan_out, r), dropout > 0, gained)
     return found or "addmm"
 
 
@@ -101,8 +108,9 @@ def table() -> dict[str, list[dict[str, Any]]]:
 
 
 @functools.lru_cache(1024)
-def _nearest(device: str, shape: tuple[int, int, int, int], dropout: bool) -> str | None:
+def _nearest(device: str, shape: tuple[int, int, int, int], dropout: bool, gained: bool) -> str | None:
     rows = [row for row in table().get(device, ()) if (row["dropout"] > 0) is dropout]
+    rows = [row for row in rows if row.get("gained", False) is gained] or rows
     if not rows:
         return None
     keys = "tokens", "fan_in", "fan_out", "r"

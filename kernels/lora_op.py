@@ -34,14 +34,16 @@ _library.define(
 )
 
 
-def _way(way: str, x: Tensor, fan_in: int, fan_out: int, r: int, dropout: float) -> str:
+def _way(way: str, x: Tensor, a: Tensor, b: Tensor, gain: Tensor | None, dropout: float) -> str:
+    (r, fan_in), fan_out = a.shape, b.shape[0]
     if way:
         return choice.checked(way, x.device, x.dtype, r)
-    return choice.way(x.device, x.dtype, x.numel() // max(1, x.shape[-1]), fan_in, fan_out, r, dropout)
+    tokens = x.numel() // max(1, x.shape[-1])
+    return choice.way(x.device, x.dtype, tokens, fan_in, fan_out, r, dropout, gain is not None)
 
 
 def _forward(x, y, weight, bias, gain, a, b, scale, dropout, seed, way):
-    way = _way(way, x, a.shape[1], b.shape[0], a.shape[0], dropout)
+    way = _way(way, x, a, b, gain, dropout)
     flat_y = None if y is None else rows(y)
     if way == "torch":
         z, s, _, _ = torch_way.forward(rows(x), flat_y, weight, bias, a, b, scale, dropout, seed)
@@ -54,7 +56,7 @@ def _forward(x, y, weight, bias, gain, a, b, scale, dropout, seed, way):
 
 
 def _backward(dy, x, z, weight, bias, gain, a, b, s, scale, dropout, seed, way, needs):
-    way = _way(way, dy, a.shape[1], b.shape[0], a.shape[0], dropout)
+    way = _way(way, dy, a, b, gain, dropout)
     flat, flat_x, (*narrow, gain_needs) = rows(dy), None if x is None else rows(x), needs
     of_pair, dgain = tuple(narrow), None
     if way == "torch":

@@ -15,8 +15,9 @@ pytest.importorskip("peft")
 from kernel_rows import measured, row_of
 
 from benchmarks.kernels import baselines, measure, report
-from benchmarks.kernels.candidates import BASE, Candidate, Operands, candidates, draw, draw_sets
+from benchmarks.kernels.candidates import BASE, Candidate, Operands, candidates, draw
 from benchmarks.kernels.cases import SCALE, SMALL, Case
+from benchmarks.kernels.kinds import draw_sets
 from peftkit.kernels import choice
 from peftkit.kernels.lora_linear import reference
 
@@ -160,7 +161,7 @@ def test_errors_are_those_of_rounding(rows):
 def test_a_wrong_result_has_an_error(which):
     case = SMALL[1]
     o = draw(case, CPU)
-    bound = next(c for c in candidates(case, CPU) if c.ours).bind(o)
+    bound = next(c for c in candidates(case, CPU) if c.way).bind(o)
 
     class Off(type(bound)):
         def gradients(self, y):
@@ -282,7 +283,7 @@ def test_a_candidate_that_fails_does_not_stop_the_others(monkeypatch):
     def fails(_):
         raise RuntimeError("no such kernel\nand more")
 
-    found = [*candidates(SMALL[0], CPU)[:2], Candidate("lora_linear, broken", fails, way="epilogue", ours=True)]
+    found = [*candidates(SMALL[0], CPU)[:2], Candidate("lora_linear, broken", fails, way="epilogue", target=0.1)]
     monkeypatch.setattr(measure, "candidates", lambda *_: found)
     base, ours, broken = measure.measure(SMALL[0], CPU, 0.05)
     assert broken.failed == "RuntimeError: no such kernel"
@@ -294,7 +295,7 @@ def test_a_candidate_that_fails_does_not_stop_the_others(monkeypatch):
 
 def test_every_way_that_can_run_is_compared_and_a_base_with_room_is_not_chosen(monkeypatch):
     monkeypatch.setattr(choice, "why_not_triton", lambda *_: None)
-    found = [c for c in candidates(SMALL[0], CPU) if c.ours]
+    found = [c for c in candidates(SMALL[0], CPU) if c.target]
     assert [c.way for c in found] == [*choice.WAYS, None]
     assert found[-1].name == "lora_linear, augmented, base with room"
 

@@ -1,4 +1,4 @@
-"""Measure the LoRA kernels beside the frozen base and the baselines, and print a table.
+"""Measure the kernels of LoRA and DoRA beside the frozen base and the baselines, and print a table.
 
 On a GPU this takes about four minutes at most and writes `benchmarks/results/<device>.json`; with `--choose` also which way
 is fastest on it, for `lora_linear` to take. Without a GPU it runs small cases, to show that it works, and writes nothing.
@@ -13,11 +13,12 @@ import time
 import torch
 from rich.console import Console
 
-from benchmarks.kernels import report
+from benchmarks.kernels import norms, report
 from benchmarks.kernels.cases import GPU, for_device
 from benchmarks.kernels.measure import Row, measure
 from peftkit.kernels import choice
 
+OURS = "lora_linear", "dora_linear", "peftkit"
 MOST = 8.0  # seconds of timing for a case, beyond which medians gain nothing
 
 
@@ -52,18 +53,21 @@ def main(arguments: list[str] | None = None) -> int:
         if device.type == "cuda":
             report.write(rows, found, path)  # each time, so that a run cut short leaves something
 
-    console.print(report.table(rows, f"LoRA kernels, {found['device']}"))
+    of_norm = norms.measure(device, min(MOST, args.seconds / 20))
+    console.print(report.table(rows, f"LoRA and DoRA kernels, {found['device']}"))
+    console.print(report.norm_table(of_norm))
     if device.type != "cuda":
         console.print(
             f"No GPU: these cases are small, to try the benchmark; none of the {len(GPU)} cases was measured, "
         )
         console.print("no figure of a GPU came about, and nothing was written.")
     else:
+        report.write(rows, found, path, of_norm)
         console.print(f"wrote {path.name} in {time.perf_counter() - start:.0f} s")
         if args.choose:
             report.choose(rows, found["device"], choice.TABLE)
             console.print(f"wrote {choice.TABLE.name}")
-    return int(any(row.failed and row.by.startswith("lora_linear") for row in rows))
+    return int(any(row.failed and row.by.startswith(OURS) for row in rows))
 
 
 if __name__ == "__main__":

@@ -25,9 +25,15 @@ def base(
 
 
 def peft_layer(
-    weight: Tensor, bias: Tensor | None, a: nn.Parameter, b: nn.Parameter, scale: float, dropout: float
+    weight: Tensor,
+    bias: Tensor | None,
+    a: nn.Parameter,
+    b: nn.Parameter,
+    scale: float,
+    dropout: float,
+    magnitude: nn.Parameter | None = None,
 ) -> nn.Module:
-    """peft's own layer, in training, around these very tensors."""
+    """peft's own layer, in training, around these very tensors; DoRA's where there is a magnitude."""
     from peft import LoraConfig
     from peft.tuners.lora.layer import Linear as PeftLinear
 
@@ -37,10 +43,12 @@ def peft_layer(
     if bias is not None:
         linear.bias = nn.Parameter(bias, requires_grad=False)
     # their scale is lora_alpha / r
-    config = LoraConfig(r=r, lora_alpha=scale * r, lora_dropout=dropout)  # type: ignore[arg-type]
+    config = LoraConfig(r=r, lora_alpha=scale * r, lora_dropout=dropout, use_dora=magnitude is not None)  # type: ignore[arg-type]
     layer = PeftLinear(linear, config=config, adapter_name="default", r=r, lora_alpha=scale * r)  # type: ignore[arg-type]
     layer.lora_A["default"].weight = a
     layer.lora_B["default"].weight = b
+    if magnitude is not None:
+        layer.lora_magnitude_vector["default"].weight = magnitude  # type: ignore[union-attr]
     return layer.train()
 
 

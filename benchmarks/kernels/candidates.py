@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -69,14 +68,14 @@ class Candidate:
         name: in the table.
         bind: takes operands, and makes what is called again and again.
         way: of `choice.WAYS`, for those that the chooser may choose.
-        ours: whether the case's target is asked of it.
+        target: the most that is asked of it, over the base.
         compiled: whether torch.compile made it.
     """
 
     name: str
     bind: Callable[[Operands], Bound]
     way: str | None = None
-    ours: bool = False
+    target: float | None = None
     compiled: bool = False
 
 
@@ -97,20 +96,13 @@ def draw(case: Case, device: torch.device) -> Operands:
     )
 
 
-def draw_sets(case: Case, device: torch.device) -> list[Operands]:
-    """As many sets as exceed twice the L2 cache, so that taking turns finds it cold; two at least."""
-    first = draw(case, device)
-    cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
-    return [first, *(draw(case, device) for _ in range(max(1, math.ceil(2 * cache / first.bytes) - 1)))]
-
-
 def candidates(case: Case, device: torch.device, compiled: bool = False) -> list[Candidate]:
     """The base first; `compiled` adds the one that torch.compile makes."""
     found = [Candidate(BASE, lambda o: _bound(baselines.base, case, o, adapted=False)), *ours(case, device)]
     if baselines.HAS_PEFT:
         found.append(Candidate("peft, fp32 adapters (its default)", lambda o: _peft(case, o, o.a, o.b)))
         if case.dtype is not torch.float32:
-            found.append(Candidate("peft, adapters of the base's dtype", lambda o: _peft(case, o, *_narrow(case, o))))
+            found.append(Candidate("peft, adapters of the base's dtype", lambda o: _peft(case, o, *narrow(case, o))))
     if not case.dropout:
         found.append(Candidate("unsloth's order", lambda o: _bound(baselines.unsloth_order, case, o)))
     found.append(Candidate("LoRAFusion's split, not fused", lambda o: _bound(baselines.split_at_s, case, o)))
@@ -137,11 +129,11 @@ def _ours(way: str, case: Case, roomy: bool = False) -> Candidate:
             return lora_linear(o.x, weight, o.bias, o.a, o.b, SCALE, case.dropout, seed=seed, way=way)
 
         # timed as it is trained: with a seed of its own drawing
-        return Bound(forward, (o.x, o.a, o.b), _held(o, weight), o.dy, lambda: forward(o.seed))
+        return Bound(forward, (o.x, o.a, o.b), held(o, weight), o.dy, lambda: forward(o.seed))
 
     # a base with room is its owner's to make, so the chooser cannot count on it
     name = f"lora_linear, {way}" + (", base with room" if roomy else "")
-    return Candidate(name, bind, None if roomy else way, ours=True)
+    return Candidate(name, bind, None if roomy else way, case.target)
 
 
 def _bound(function: Callable[..., Tensor], case: Case, o: Operands, adapted: bool = True) -> Bound:
@@ -149,7 +141,7 @@ def _bound(function: Callable[..., Tensor], case: Case, o: Operands, adapted: bo
         return function(o.x, o.weight, o.bias, o.a, o.b, SCALE, case.dropout)
 
     seeded = forward if adapted and not case.dropout else None
-    return Bound(forward, (o.x, o.a, o.b) if adapted else (o.x,), _held(o, o.weight), o.dy, seeded)
+    return Bound(forward, (o.x, o.a, o.b) if adapted else (o.x,), held(o, o.weight), o.dy, seeded)
 
 
 def _peft(case: Case, o: Operands, a: nn.Parameter, b: nn.Parameter) -> Bound:
@@ -158,12 +150,14 @@ def _peft(case: Case, o: Operands, a: nn.Parameter, b: nn.Parameter) -> Bound:
     def forward() -> Tensor:
         return layer(o.x)
 
-    return Bound(forward, (o.x, a, b), (*_held(o, o.weight), a, b), o.dy, None if case.dropout else forward)
+    return Bound(forward, (o.x, a, b), (*held(o, o.weight), a, b), o.dy, None if case.dropout else forward)
 
 
-def _narrow(case: Case, o: Operands) -> tuple[nn.Parameter, nn.Parameter]:
+def narrow(case: Case, o: Operands) -> tuple[nn.Parameter, nn.Parameter]:
+    """The pair in the dtype of the base."""
     return nn.Parameter(o.a.detach().to(case.dtype)), nn.Parameter(o.b.detach().to(case.dtype))
 
 
-def _held(o: Operands, weight: Tensor) -> tuple[Tensor, ...]:
+def held(o: Operands, weight: Tensor) -> tuple[Tensor, ...]:
+    """What a model holds anyway."""
     return tuple(t for t in (weight, o.bias, o.a, o.b, o.seed) if t is not None)

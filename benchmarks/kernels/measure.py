@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.kernels.candidates import Bound, Candidate, Operands, candidates, draw_sets
-from benchmarks.kernels.cases import SCALE, Case
+from benchmarks.kernels.candidates import Bound, Candidate, Operands
+from benchmarks.kernels.cases import Case
+from benchmarks.kernels.kinds import candidates, draw_sets, truth
 from benchmarks.measure import saved_bytes
-from peftkit.kernels.lora_linear import reference
 
 MAX_ROUNDS = 100
 MIN_ROUNDS = 5
+NAMES = "y", "dX", "dA", "dB", "dm"
 
 Truths = dict[int, list[Tensor]]
 
@@ -40,7 +41,8 @@ class Row:
         overhead: of forward and backward, as a share of the base's.
         eager_overhead, forward_overhead, backward_overhead: the same of eager calls.
         target, met: the most that was asked of ours, and whether it was kept.
-        errors: of y, dX, dA and dB, relative to fp64 in the root mean square; empty where the mask is another's.
+        kind: of the case.
+        errors: of `NAMES`, relative to fp64 in the root mean square; empty where the mask is another's.
         saved_mib: kept for backward, beside weights and adapters; None where counting would compile anew.
         peak_mib: allocated at most in a step, beside what was there before; None on a CPU.
         failed: why there are no figures.
@@ -68,6 +70,7 @@ class Row:
     backward_overhead: float | None = None
     target: float | None = None
     met: bool | None = None
+    kind: str = "lora"
     errors: dict[str, float] = field(default_factory=dict)
     saved_mib: float | None = None
     peak_mib: float | None = None
@@ -137,7 +140,7 @@ def timed(
     bounds: Mapping[str, list[Bound]], device: torch.device, seconds: float
 ) -> tuple[dict[str, tuple[float, float, float]], int]:
     """Median milliseconds of forward, backward and both, in eager calls; and rounds."""
-    mark, between = _clock(device)
+    mark, between = clock(device)
     found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in bounds}
 
     def turn(name: str) -> Callable[[], None]:
@@ -154,7 +157,7 @@ def timed(
 
         return read
 
-    rounds = _rounds(list(bounds), turn, device, seconds)
+    rounds = take_turns(list(bounds), turn, device, seconds)
     medians = {
         name: (statistics.median(f), statistics.median(b), statistics.median(both))
         for name, (f, b, both) in ((name, zip(*times, strict=True)) for name, times in found.items())
@@ -176,7 +179,7 @@ def replayed(
             refusals[name] = _line(error)
             _settle(device)
             pool = torch.cuda.graph_pool_handle()  # what is left of the other is not to be trusted
-    mark, between = _clock(device)
+    mark, between = clock(device)
     found: dict[str, list[float]] = {name: [] for name in graphs}
 
     def turn(name: str) -> Callable[[], None]:
@@ -185,7 +188,7 @@ def replayed(
         end = mark()
         return lambda: found[name].append(between(start, end) / len(bounds[name]))
 
-    _rounds(list(graphs), turn, device, seconds)
+    take_turns(list(graphs), turn, device, seconds)
     return {name: statistics.median(times) for name, times in found.items()}, refusals
 
 
@@ -204,7 +207,9 @@ def _captured(bounds: list[Bound], pool: Any) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def _rounds(names: list[str], turn: Callable[[str], Callable[[], None]], device: torch.device, seconds: float) -> int:
+def take_turns(
+    names: list[str], turn: Callable[[str], Callable[[], None]], device: torch.device, seconds: float
+) -> int:
     """Gives everyone a turn in each round, in an order drawn anew, until time is up; the first round is not kept.
 
     `turn` starts the work; what it returns reads the clock once the device is done.
@@ -239,7 +244,7 @@ def _rounds(names: list[str], turn: Callable[[str], Callable[[], None]], device:
     return done
 
 
-def _clock(device: torch.device) -> tuple[Callable[[], Any], Callable[[Any, Any], float]]:
+def clock(device: torch.device) -> tuple[Callable[[], Any], Callable[[Any, Any], float]]:
     """What marks a moment, and the milliseconds between two."""
     if device.type != "cuda":
         return time.perf_counter, lambda start, end: (end - start) * 1e3
@@ -261,7 +266,7 @@ def _settle(device: torch.device) -> None:
 
 
 def errors(case: Case, operands: Operands, bound: Bound, truths: Truths) -> dict[str, float]:
-    """Of y, dX, dA and dB, against fp64 from the same numbers and the same mask; none where the mask is another's.
+    """Of `NAMES`, as far as there are such, against fp64 from the same numbers and mask; none where the mask is another's.
 
     truths: by A, of these operands, for the next candidate.
     """
@@ -275,17 +280,15 @@ def errors(case: Case, operands: Operands, bound: Bound, truths: Truths) -> dict
         truths[key] = _truth(case, operands, bound.trained)
     return {
         name: ((f.double() - t).norm() / t.norm()).item()
-        for name, f, t in zip(("y", "dX", "dA", "dB"), found, truths[key][1:], strict=True)
+        for name, f, t in zip(NAMES, found, truths[key][1:], strict=False)
     }
 
 
 def _truth(case: Case, operands: Operands, trained: tuple[Tensor, ...]) -> list[Tensor]:
-    """A, which lives as long as its id is a key; y, dX, dA and dB in fp64."""
+    """A, which lives as long as its id is a key; y and the gradients of `trained` in fp64."""
     exact = [t.detach().double().requires_grad_() for t in trained]
-    x, a, b = exact
-    bias = None if operands.bias is None else operands.bias.double()
     with torch.enable_grad():
-        y = reference(x, operands.weight.double(), bias, a, b, SCALE, case.dropout, operands.seed)
+        y = truth(case, operands, exact)
     return [trained[1], y.detach(), *torch.autograd.grad(y, exact, operands.dy.double())]
 
 
@@ -308,7 +311,7 @@ def _examine(row: Row, candidate: Candidate, case: Case, operands: Operands, bou
 def _row(case: Case, candidate: Candidate) -> Row:
     return Row(
         str(case), candidate.name, candidate.way, case.tokens, case.fan_in, case.fan_out, case.r,
-        str(case.dtype).removeprefix("torch."), case.dropout, target=case.target if candidate.ours else None,
+        str(case.dtype).removeprefix("torch."), case.dropout, target=candidate.target, kind=case.kind,
     )  # fmt: skip
 
 

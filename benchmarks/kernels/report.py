@@ -6,6 +6,8 @@ import json
 import math
 import re
 import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,8 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from benchmarks.kernels.measure import Row
+from benchmarks.kernels.measure import NAMES, Row
+from benchmarks.kernels.norms import NormRow
 from benchmarks.measure import RESULTS, machine
 
 KIND = "lora_kernels"
@@ -43,10 +46,15 @@ def result_path(device: str) -> Path:
     return RESULTS / (re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + ".json")
 
 
-def write(rows: list[Row], found: dict[str, Any], path: Path) -> None:
+def write(rows: list[Row], found: dict[str, Any], path: Path, norms: Sequence[NormRow] = ()) -> None:
     """Writes a result file: the environment, and every row."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"benchmark": KIND, "machine": found, "rows": [row.as_json() for row in rows]}
+    content = {
+        "benchmark": KIND,
+        "machine": found,
+        "rows": [row.as_json() for row in rows],
+        "norms": [asdict(row) for row in norms],
+    }
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
@@ -62,7 +70,7 @@ def chosen(rows: list[Row]) -> list[dict[str, Any]]:
             continue
         best = min(ways, key=lambda row: row.overhead or 0.0)
         shape = dict(tokens=best.tokens, fan_in=best.fan_in, fan_out=best.fan_out, r=best.r)
-        entries.append({**shape, "dropout": best.dropout, "way": best.way})
+        entries.append({**shape, "dropout": best.dropout, "gained": best.kind == "dora", "way": best.way})
     return entries
 
 
@@ -85,8 +93,8 @@ def _is_right(row: Row) -> bool:
 def table(rows: list[Row], title: str) -> Table:
     """Every row, in sections by case."""
     found = Table(
-        "", "ms", "over base, %", "forward", "backward", "at most", "", "error y", "dX", "dA", "dB", "saved MiB", "peak",
-        "timed by", title=title,
+        "", "ms", "over base, %", "forward", "backward", "at most", "", "error y", "dX", "dA", "dB", "dm", "saved MiB",
+        "peak", "timed by", title=title,
     )  # fmt: skip
     for case, group in groupby(rows, key=lambda row: row.case):
         found.add_section()
@@ -101,10 +109,22 @@ def table(rows: list[Row], title: str) -> Table:
                 "" if milliseconds is None else f"{milliseconds:.4g}",
                 *(percent(v) for v in (row.overhead, row.forward_overhead, row.backward_overhead, row.target)),
                 {True: "[green]met", False: "[red]missed", None: ""}[row.met],
-                *(f"{row.errors[k]:.1e}" if k in row.errors else "" for k in ("y", "dX", "dA", "dB")),
+                *(f"{row.errors[k]:.1e}" if k in row.errors else "" for k in NAMES),
                 *("" if v is None else f"{v:.4g}" for v in (row.saved_mib, row.peak_mib)),
                 row.timed_by,
             )
+    return found
+
+
+def norm_table(rows: Sequence[NormRow]) -> Table:
+    """Every way to the norms of W + s·BA."""
+    found = Table("", "ms", "× one read of W", "peft's is × slower", "error", "peak MiB", title="DoRA's norm")
+    for row in rows:
+        if row.failed is not None:
+            found.add_row(row.by, f"[red]failed: {row.failed[:60]}")
+            continue
+        cells = row.ms, row.over_read, row.under_peft, row.error, row.peak_mib
+        found.add_row(row.by, *("" if v is None else f"{v:.3g}" for v in cells))
     return found
 
 

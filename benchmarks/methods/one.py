@@ -48,7 +48,7 @@ def run(name: str, method: str, seed: int) -> dict[str, Any]:
             if (opening := METHODS[method].opening) and not task.also_train:
                 length = METHODS[method].config.length  # type: ignore[attr-defined]
                 start_from_tokens(model, torch.tensor(task.tokenizer.encode(opening).ids[:length]))
-            groups = groups_for(model, task, METHODS[method].lr)
+            groups = groups_for(model, task, METHODS[method].rate(name))
             found["trained"] = count(groups[0]["params"])
             started = time.perf_counter()
             fine_tune(model, task, recipe, train, progress, seed=seed, groups=groups)

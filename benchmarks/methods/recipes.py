@@ -29,16 +29,22 @@ class Method:
     config: Config
     lr: float
     models: tuple[str, ...] = ("minilm", "smollm2")
+    decoder_lr: float | None = None
     opening: str = ""  # what a decoder's prefix starts from; drawn at random, it drowns what the model knows
+
+    def rate(self, model: str) -> float:
+        """The learning rate for a model."""
+        return self.decoder_lr if model == "smollm2" and self.decoder_lr is not None else self.lr
 
 
 OPENING = "Does the writer of this film review like the film? Say whether it is negative or positive, and nothing else."
 
-# Learning rates are the customary ones of each method; one try each, none was searched for.
+# Learning rates are the customary ones of each method, and none was searched for. Two were lowered once, after a run that
+# ended below the frozen base: BitFit's from 5e-3, and the series adapter's on the decoder from 2e-3.
 METHODS = {
     "lora": Method(LoRAConfig(r=8, alpha=16, targets="all-linear"), 2e-3),
     "dora": Method(DoRAConfig(r=8, alpha=16, targets="all-linear"), 2e-3),
-    "series": Method(SeriesAdapterConfig(bottleneck=64, targets=("attention", "mlp")), 2e-3),
+    "series": Method(SeriesAdapterConfig(bottleneck=64, targets=("attention", "mlp")), 2e-3, decoder_lr=1e-3),
     "parallel": Method(ParallelAdapterConfig(bottleneck=64, scale=4.0, targets="mlp"), 2e-3),
     "prefix": Method(PrefixTuningConfig(length=16), 1e-2, opening=OPENING),
     "prompt": Method(PromptTuningConfig(length=16), 3e-2),
