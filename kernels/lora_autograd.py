@@ -19,6 +19,11 @@ def rows(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
+def shaped(out: Tensor, like: torch.Size) -> Tensor:
+    """(tokens out) -> (... out), the leading sizes those of `like`; no view to autograd, so that it may be written over."""
+    return out if len(like) == 2 else torch.ops.aten._unsafe_view(out, (*like[:-1], out.shape[-1]))
+
+
 class LoraLinear(torch.autograd.Function):
     """The torch way for eager calls.
 
@@ -37,7 +42,7 @@ class LoraLinear(torch.autograd.Function):
         ctx.shape = x.shape
         s, x = s if b_trains else None, x if a_trains else None
         ctx.save_for_backward(x, z, weight, bias, gain, a, b, s, keep)
-        return out.view(*ctx.shape[:-1], out.shape[-1])
+        return shaped(out, ctx.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from peftkit.kernels import choice, torch_way
-from peftkit.kernels.lora_autograd import Gradients, again, rows
+from peftkit.kernels.lora_autograd import Gradients, again, rows, shaped
 from peftkit.kernels.philox import keep_mask, kept
 from peftkit.kernels.rescale import gradients, scaled
 
@@ -52,7 +52,7 @@ def _forward(x, y, weight, bias, gain, a, b, scale, dropout, seed, way):
         from peftkit.kernels import triton_ways
 
         out, s, z = triton_ways.forward(way, rows(x), flat_y, weight, bias, gain, a, b, scale, dropout, seed)
-    return out.view(*x.shape[:-1], out.shape[-1]), s, out.new_empty(0) if gain is None else z
+    return shaped(out, x.shape), s, out.new_empty(0) if gain is None else z
 
 
 def _backward(dy, x, z, weight, bias, gain, a, b, s, scale, dropout, seed, way, needs):

@@ -136,4 +136,5 @@ def _channels_second(t: Tensor, axis: int) -> Tensor:
 
 
 def _channels_back(t: Tensor, shape: torch.Size, axis: int) -> Tensor:
-    return (t[0, :, :, 0].t() if axis == -1 else t).reshape(shape)
+    """No view to autograd, so that it may be written over."""
+    return torch.ops.aten._unsafe_view(t[0, :, :, 0].t() if axis == -1 else t, shape)

@@ -164,3 +164,25 @@ def test_a_few_tokens_through_a_pair_in_half_precision(dtype):
     x = X.to(dtype)
     with torch.no_grad():
         assert torch.equal(model(x), model.requires_grad_()(x))
+
+
+@pytest.mark.parametrize("name", ["LoRA", "DoRA", "LoHa", "LoKr", "IA3"])
+@pytest.mark.parametrize("host", ["linear", "conv"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_follows_may_write_over_the_output_of_an_adapted_module(name, host, dtype):
+    """An output that autograd takes for a view of ours cannot be written over."""
+    config = getattr(peftkit, f"{name}Config")
+    config = config(targets="0") if name == "IA3" else config(r=2, targets="0")
+    found = []
+    for inplace in (False, True):
+        torch.manual_seed(0)
+        module = nn.Linear(64, 48) if host == "linear" else nn.Conv2d(8, 16, 3)
+        x = torch.randn(7, 100, 64) if host == "linear" else torch.randn(8, 8, 30, 30)
+        model = nn.Sequential(module, nn.ReLU(inplace=inplace)).to(dtype)
+        peftkit.inject(model, config)
+        with torch.no_grad():
+            for p in peftkit.parameters(model):
+                p.add_(0.1)
+        model(x.to(dtype).requires_grad_()).square().sum().backward()
+        found.append([p.grad for p in peftkit.parameters(model)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
