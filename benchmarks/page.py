@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.kernels.cases import GPU
+from benchmarks.kernels.measure import NAMES
 from benchmarks.kernels.report import KIND, percent
 from benchmarks.measure import RESULTS
 from benchmarks.methods.summary import plot, summarised
@@ -104,14 +105,17 @@ def _kernel_results() -> list[dict[str, Any]]:
 def _kernels(results: list[dict[str, Any]]) -> str:
     """The kernels, on each GPU that was measured; what would be measured, where none was."""
     parts = [KERNELS]
-    head = "case", "by", "over the frozen base, %", "at most, %", "", "error y", "dX", "dA", "dB", "saved MiB"
+    head = "case", "by", "over the frozen base, %", "at most, %", "", "error y", *NAMES[1:], "saved MiB"
     for result in results:
         m = result["machine"]
         facts = [m["device"], *(f"{k} {m[k]}" for k in ("driver", "cuda", "torch", "triton", "peft") if m.get(k))]
         facts += [f"commit {m['commit'][:7]}"] if m.get("commit") else []
         parts.append(f"{', '.join(facts)}:\n\n{_table(head, _kernel_lines(result['rows']))}")
+        if result.get("norms"):
+            parts.append(_norms(result["norms"]))
     if not results:
-        lines = [(str(c), "lora_linear", NOT_MEASURED, percent(c.target), *[NOT_MEASURED] * 6) for c in GPU]
+        ours = {"lora": "lora_linear", "dora": "dora_linear", "layer": "peftkit"}
+        lines = [(str(c), ours[c.kind], NOT_MEASURED, percent(c.target), *[NOT_MEASURED] * 7) for c in GPU]
         parts.append(_table(head, lines))
     return "\n".join(parts)
 
@@ -122,11 +126,24 @@ def _kernel_lines(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
         for r in group:
             overhead = "failed" if r["failed"] else percent(r["overhead"])
             verdict = {True: "met", False: "**missed**", None: ""}[r["met"]]
-            errors = (f"{r['errors'][k]:.1e}" if k in r["errors"] else "" for k in ("y", "dX", "dA", "dB"))
+            errors = (f"{r['errors'][k]:.1e}" if k in r["errors"] else "" for k in NAMES)
             saved = "" if r["saved_mib"] is None else f"{r['saved_mib']:.1f}"
             lines.append((case, r["by"], overhead, percent(r["target"]), verdict, *errors, saved))
             case = ""
     return lines
+
+
+def _norms(rows: list[dict[str, Any]]) -> str:
+    head = (
+        f"DoRA's norm, {rows[0]['width']}², r {rows[0]['r']}",
+        "× one read of W",
+        "peft's is × slower",
+        "error",
+        "peak MiB",
+    )
+    keys = "over_read", "under_peft", "error", "peak_mib"
+    lines = [(r["by"], *("" if r[k] is None else f"{r[k]:.3g}" for k in keys)) for r in rows]
+    return _table(head, lines)
 
 
 def _figure(value: float | None) -> str:

@@ -1,6 +1,6 @@
-"""The LoRA linear under pytest-benchmark: `pytest benchmarks --benchmark-only`.
+"""The linears of LoRA and DoRA under pytest-benchmark: `pytest benchmarks --benchmark-only`.
 
-Forward and backward, in a group for each case: the frozen base, `lora_linear` by every way that can run here, and peft's
+Forward and backward, in a group for each case: the frozen base, ours by every way that can run here, and peft's
 layer where peft is installed. On a GPU each call waits for the device, and so its launches count too;
 `python -m benchmarks.kernels` leaves them out.
 """
@@ -15,16 +15,17 @@ import torch
 
 pytest.importorskip("pytest_benchmark")
 
-from benchmarks.kernels.candidates import BASE, Candidate, candidates, draw_sets
-from benchmarks.kernels.cases import GPU, MEDIUM, SMALL, Case
+from benchmarks.kernels.candidates import BASE, Candidate
+from benchmarks.kernels.cases import GPU, MEDIUM, SMALL, SMALL_OTHERS, Case
+from benchmarks.kernels.kinds import candidates, draw_sets
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-CASES = GPU[:4] if DEVICE.type == "cuda" else (*SMALL, *MEDIUM)
+CASES = GPU[:5] if DEVICE.type == "cuda" else (*SMALL, *MEDIUM, *SMALL_OTHERS[:2])
 COMPARED = [
     pytest.param(case, candidate, id=f"{case} | {candidate.name}".encode("ascii", "replace").decode())
     for case in CASES
     for candidate in candidates(case, DEVICE)
-    if candidate.ours or candidate.name == BASE or candidate.name.startswith("peft")
+    if candidate.name == BASE or candidate.name.startswith(("lora_linear", "dora_linear", "peft"))
 ]
 
 

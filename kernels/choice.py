@@ -108,7 +108,7 @@ def table() -> dict[str, list[dict[str, Any]]]:
 
 
 @functools.lru_cache(1024)
-def _nearest(device: str, shape: tuple[int, int, int, int], dropout: bool, gained: bool) -> str | None:
+def _nearest(device: str, shape: tuple[int, int, int, int], dropout: bool, gained: bool = False) -> str | None:
     rows = [row for row in table().get(device, ()) if (row["dropout"] > 0) is dropout]
     rows = [row for row in rows if row.get("gained", False) is gained] or rows
     if not rows:

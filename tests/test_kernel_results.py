@@ -19,7 +19,8 @@ from benchmarks import page
 from benchmarks.kernels import __main__ as command
 from benchmarks.kernels import measure, report
 from benchmarks.kernels.candidates import BASE
-from benchmarks.kernels.cases import GPU, SMALL
+from benchmarks.kernels.cases import GPU, SMALL, SMALL_OTHERS
+from benchmarks.kernels.norms import NormRow
 from peftkit.kernels import choice
 
 CPU = torch.device("cpu")
@@ -93,10 +94,11 @@ def test_the_page_says_that_nothing_was_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(page, "RESULTS", tmp_path)
     (tmp_path / "x-pytest.json").write_text('{"benchmarks": []}')
     text = page.page()
-    lines = [line for line in text.splitlines() if line.startswith("| T 8192")]
+    lines = [line for line in text.splitlines() if "T 8192" in line]
     assert page.NO_GPU in text
-    assert [line.count(page.NOT_MEASURED) for line in lines] == [7] * len(GPU)
-    assert [line.split(" | ")[3] for line in lines[:5]] == ["10.0", "15.0", "6.0", "14.0", ""]
+    assert [line.count(page.NOT_MEASURED) for line in lines] == [8] * len(GPU)
+    assert [line.split(" | ")[3] for line in lines[:7]] == ["10.0", "15.0", "6.0", "14.0", "12.0", "10.0", ""]
+    assert [line.split(" | ")[1] for line in lines[3:6]] == ["lora_linear", "dora_linear", "peftkit"]
     assert not any(character.isdigit() for line in lines for character in line.split(" | ", 4)[4])
 
 
@@ -140,12 +142,14 @@ def test_with_a_gpu_figures_and_ways_are_written(rows, broken, tmp_path, monkeyp
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(command, "for_device", lambda _: SMALL)
     monkeypatch.setattr(command, "measure", lambda case, *_: by_case[str(case)])
+    monkeypatch.setattr(command.norms, "measure", lambda *_: [NormRow("peftkit", 8, 2, ms=1.0)])
     monkeypatch.setattr(report, "environment", lambda _: {"device": "Chip 9"})
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     monkeypatch.setattr(choice, "TABLE", tmp_path / "ways.json")
     assert command.main([]) == int(broken)
     assert [path.name for path in tmp_path.iterdir()] == ["chip-9.json"]
     assert {row["case"] for row in json.loads((tmp_path / "chip-9.json").read_text())["rows"]} >= set(by_case)
+    assert [row["by"] for row in json.loads((tmp_path / "chip-9.json").read_text())["norms"]] == ["peftkit"]
     command.main(["--choose"])
     assert [entry["way"] for entry in json.loads((tmp_path / "ways.json").read_text())["Chip 9"]] == ["torch", "torch"]
 
@@ -169,4 +173,8 @@ def test_pytest_benchmark_has_a_group_for_each_case(tmp_path):
         groups.setdefault(benchmark["group"], []).append(benchmark["name"])
     if not torch.cuda.is_available():
         ours = "lora_linear, torch", "peft, fp32 adapters (its default)"
-        assert groups == {str(case): [BASE, *ours] for case in SMALL}
+        dora = "dora_linear, torch", "dora_linear, torch, norm kept", ours[1]
+        assert groups == {
+            **{str(case): [BASE, *ours] for case in SMALL},
+            **{str(case): [BASE, *dora] for case in SMALL_OTHERS[:2]},
+        }

@@ -23,6 +23,11 @@ def measure(size: Size) -> Iterator[Row]:
     times = _one_token(width, size)
     name = f"one token through DoRA at Linear {width}→{width}, fp32, evaluated"
     yield Row(name, times["peftkit"] / times["frozen"], "× frozen", size.limit(1.3), times)
+    for dropout, limit in ((0.0, 2.1), (0.1, 3.5)):
+        tokens = 8 * size.tokens
+        times = _one_linear(width, tokens, dropout, size)
+        name = f"forward and backward of DoRA at Linear {width}→{width}, {tokens} tokens, bfloat16, p = {dropout}"
+        yield Row(name, times["peftkit"] / times["frozen"], "× frozen", size.limit(limit), times)
     for dtype, dropout, limit in ((torch.bfloat16, 0.0, 1.45), (torch.bfloat16, 0.1, 1.6), (torch.float32, 0.0, 1.25)):
         times = train_steps(size, dtype, size.tokens, _ours(LINEARS, dropout), _theirs(list(LINEARS), dropout))
         kind = str(dtype).removeprefix("torch.")
@@ -88,6 +93,28 @@ def _one_token(width: int, size: Size) -> dict[str, float]:
 
     with torch.no_grad():
         return timed({n: calling(m[0]) for n, m in models.items()}, 6 * size.rounds, inner=10, warmup=3)
+
+
+def _one_linear(width: int, tokens: int, dropout: float, size: Size) -> dict[str, float]:
+    """Seconds of a step in which A and B have changed, so that the norm is computed."""
+    dtype = torch.bfloat16
+    models = {n: _linears(1, width, dtype).requires_grad_(False) for n in ("frozen", "peftkit", "peft")}
+    peftkit.inject(models["peftkit"], _ours("0", dropout))
+    peft.get_peft_model(models["peft"], _theirs(["0"], dropout))  # type: ignore[arg-type]
+    x, dy = torch.randn(tokens, width, dtype=dtype, requires_grad=True), torch.randn(tokens, width, dtype=dtype)
+
+    def stepping(module: nn.Module) -> Callable[[], Any]:
+        trained = [p for p in module.parameters() if p.requires_grad]
+
+        def step() -> None:
+            torch.autograd.grad(module(x), (x, *trained), dy)
+            with torch.no_grad():
+                for p in trained:
+                    p.add_(1e-6)
+
+        return step
+
+    return timed({n: stepping(m.train()) for n, m in models.items()}, size.rounds)
 
 
 def _merging(count: int, width: int, dtype: torch.dtype, size: Size) -> dict[str, float]:

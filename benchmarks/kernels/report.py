@@ -70,7 +70,8 @@ def chosen(rows: list[Row]) -> list[dict[str, Any]]:
             continue
         best = min(ways, key=lambda row: row.overhead or 0.0)
         shape = dict(tokens=best.tokens, fan_in=best.fan_in, fan_out=best.fan_out, r=best.r)
-        entries.append({**shape, "dropout": best.dropout, "gained": best.kind == "dora", "way": best.way})
+        gained = {"gained": True} if best.kind == "dora" else {}
+        entries.append({**shape, "dropout": best.dropout, **gained, "way": best.way})
     return entries
 
 

@@ -209,7 +209,8 @@ class Host(abc.ABC):
             scratch = torch.empty(min(rows, len(w)), w.shape[1], device=w.device, dtype=dtype)
             parts = zip(w.split(rows), w0.split(rows), left.split(rows), by.expand(len(w), -1).split(rows), strict=True)
             for part, part0, left_part, g_part in parts:
-                wide = torch.mul(part0, g_part, out=scratch[: len(part)]).addmm_(left_part, right)
+                # widened first: a product of two dtypes is several times slower
+                wide = scratch[: len(part)].copy_(part0).mul_(g_part).addmm_(left_part, right)
                 part.copy_(wide if base is None else wide.add_(part))
 
     # -- what the module should compute -----------------------------------------------------------------------------
