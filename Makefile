@@ -62,6 +62,7 @@ gpu-figures: gpu-there
 	@$(GPU_PYTHON) -m pytest -q benchmarks --benchmark-only --benchmark-max-time=0.3 \
 		--benchmark-json=benchmarks/results/$$($(GPU_PYTHON) -m benchmarks.kernels --name)-pytest.json
 	@$(GPU_PYTHON) -m benchmarks.kernels --choose
+	@$(GPU_PYTHON) -m benchmarks.siblings
 	@$(GPU_PYTHON) -m benchmarks.page
 
 gpu-there:

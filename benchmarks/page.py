@@ -27,7 +27,7 @@ bf16 instructions, so that a frozen base in bf16 is slow and hides what an adapt
 NO_GPU = "No figure of a GPU is here: not measured.\n"
 NOT_MEASURED = "not measured"
 
-KERNELS = """## The LoRA kernels on a GPU
+KERNELS = """## The kernels on a GPU
 
 `make gpu`, or `python -m benchmarks.kernels` alone. Forward and backward with the base frozen and adapters in fp32, over the
 base's own forward and dX in the same run: inputs rotated so that L2 is cold, medians, replayed from CUDA graphs where they
@@ -169,9 +169,16 @@ PLOTS = {
     "methods-smollm2": "SmolLM2-135M on film reviews",
 }
 
+
+def _siblings(rows: list[dict[str, Any]]) -> str:
+    lines = [(r["case"], *(f"{100 * r['over'][k]:.1f}" for k in ("apart", "shared"))) for r in rows]
+    return _table(("siblings of one x", "apart, % over the frozen base", "products shared"), lines)
+
+
 SECTIONS = (
     ("against_peft", "The verbs, beside peft", "python -m benchmarks.against_peft --full", _against_peft),
     ("lora_linear-cpu", "The LoRA linear", "python benchmarks/lora_linear.py", _lora_linear),
+    ("siblings-cpu", "What siblings could share", "python -m benchmarks.siblings", _siblings),
     ("demo-minilm", "The main job: MiniLM-L6", "make demo", _demo),
     ("demo-smollm2", "The main job: SmolLM2-135M", "make demo MODEL=smollm2", _demo),
     (

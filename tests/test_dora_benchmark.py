@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
+from benchmarks import siblings
 from benchmarks.kernels import layer, measure, norms, report
 from benchmarks.kernels.candidates import BASE
 from benchmarks.kernels.cases import GPU, SMALL_OTHERS
@@ -117,3 +118,12 @@ def test_norms_are_compared_with_one_read_of_the_weight():
     for row in rows[1:]:
         assert row.failed is None and row.over_read > 1 and 0 < row.error < 1e-5
     assert report.norm_table(rows).row_count == 5
+
+
+def test_siblings_that_share_compute_the_same():
+    case = siblings.Case(64, 48, (40, 16, 16), 4, torch.float32)
+    o = siblings.draw(case, CPU)
+    for apart, shared in zip(o.apart(), o.shared(), strict=True):
+        torch.testing.assert_close(shared, apart, rtol=1e-4, atol=1e-4)
+    row = siblings.measure(case, CPU, 2)
+    assert set(row["over"]) == {"apart", "shared"} and row["case"] == "T 64, 48→(40, 16, 16), r 4, float32"
