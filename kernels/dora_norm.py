@@ -7,8 +7,7 @@ operand is; a weight in half precision is widened a piece at a time.
 
 Where s·BA nearly cancels W the three terms are large and n² is small: its error is that of the terms. Such rows are
 computed again from their own numbers. Under torch.compile, torch.export and the transforms of torch.func they are not,
-since which rows those are depends on the values; there n² is only kept from falling below zero. On a GPU with Triton
-none of this applies: `dora_norm_tiles` makes W + s·BA a tile at a time.
+since which rows those are depends on the values; there n² is only kept from falling below zero.
 """
 
 from __future__ import annotations
@@ -17,8 +16,6 @@ import torch
 from torch import Tensor
 from torch._C._functorch import maybe_current_level
 
-from peftkit.kernels.choice import why_not_triton
-
 # Numbers of a weight in half precision that are widened at a time.
 PIECE, GPU_PIECE = 2**20, 2**24
 # Rows with n² below this part of the positive terms are computed again; above it their relative error is a few eps.
@@ -26,7 +23,7 @@ CANCELLED = 1 / 16
 
 
 def reference(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """`row_norms` as the formula has it."""
+    """‖W + s·BA‖ of every row, of the dense matrix: what the others are tested against."""
     dtype = wide(weight, a, b)
     return torch.linalg.vector_norm(weight.to(dtype) + scale * (b.to(dtype) @ a.to(dtype)), dim=-1)
 
@@ -49,24 +46,10 @@ def composed(weight: Tensor) -> bool:
     )
 
 
-@torch.no_grad()
-def row_norms(
+def factored(
     weight: Tensor, a: Tensor, b: Tensor, scale: float, squares: Tensor | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """‖W + s·BA‖ of every row, and ‖W‖² where it was needed, to be given again as `squares` while W is the same; both
-    detached: (out).
-
-    weight: (out in), in any memory layout, a: (r in), b: (out r); or all three with groups in front. In fp32, or fp64
-    where an operand is. No norm is zero: the least is the root of the dtype's smallest normal number, so that a row of
-    zeros can be divided by its norm.
-    """
-    if not weight.is_meta and torch.is_autocast_enabled(weight.device.type):
-        with torch.autocast(weight.device.type, enabled=False):
-            return row_norms(weight, a, b, scale, squares)
-    if _in_tiles(weight, a, b):
-        from peftkit.kernels.dora_norm_tiles import OPERATOR  # imports Triton
-
-        return OPERATOR(weight, a, b, scale), None
+) -> tuple[Tensor, Tensor]:
+    """`row_norms` by the formula above, and ‖W‖²."""
     dtype = wide(weight, a, b)
     a, b = a.to(dtype), b.to(dtype)
     traced = composed(weight)
@@ -84,12 +67,6 @@ def row_norms(
             if low.any():
                 found[low] = _again(weight, a, b, scale, low)
     return found.clamp_min(torch.finfo(dtype).tiny).sqrt_(), squares
-
-
-def _in_tiles(weight: Tensor, a: Tensor, b: Tensor) -> bool:
-    if not weight.is_cuda or weight.dim() != 2 or maybe_current_level() is not None:
-        return False
-    return all(why_not_triton(weight.device, t.dtype) is None for t in (weight, a, b))
 
 
 def _may_cancel(squares: Tensor, b: Tensor, gram: Tensor) -> bool:

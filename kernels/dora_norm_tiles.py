@@ -3,10 +3,7 @@
     n² = Σ (W_tile + s · B A_tile)²
 
 No sum cancels, and nothing of W's size is written: a tile of BA is made in registers beside the tile of W that it is added
-to. On a GPU this is computed at every forward. Whether A and B are what they were could only be known by comparing them, and
-the answer would have to come back to the CPU, which costs more than one read of W.
-
-    peftkit::dora_norm(weight, a, b, scale) -> n: (out) in fp32, without a gradient
+to.
 """
 
 from __future__ import annotations
@@ -86,14 +83,3 @@ def dora_norm(weight: Tensor, a: Tensor, b: Tensor, scale: float, t: Tiles | Non
     run, parts = launch(weight, a.contiguous(), b.contiguous(), float(scale), t or tiles(a.dtype))
     run()
     return parts.sum(0).clamp_min_(torch.finfo(torch.float32).tiny).sqrt_()
-
-
-_library = torch.library.Library("peftkit", "FRAGMENT")
-_library.define("dora_norm(Tensor weight, Tensor a, Tensor b, float scale) -> Tensor")
-_library.impl("dora_norm", dora_norm, "CompositeExplicitAutograd")
-torch.library.register_fake(
-    "peftkit::dora_norm",
-    lambda weight, a, b, scale: weight.new_empty(weight.shape[0], dtype=torch.float32),
-    lib=_library,
-)
-OPERATOR = torch.ops.peftkit.dora_norm.default

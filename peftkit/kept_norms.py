@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from peftkit.hosts import Host
-from peftkit.kernels.dora_norm import composed, row_norms
+from peftkit.kernels.dora_norm import composed
+from peftkit.kernels.row_norms import row_norms
 
 _SAMPLE = 64  # numbers of a weight that are compared
 
@@ -75,17 +76,17 @@ class KeptNorms:
 
     def _current(self, host: Host, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> _Kept:
         kept = self._kept
-        squares = None
+        of_weight = squares = None
         if kept is not None and kept.of_this(weight):
-            squares = kept.squares
+            of_weight, squares = (kept.weight, kept.state, kept.sample), kept.squares
             if kept.scale == scale and _same(kept.a, a) and _same(kept.b, b):
                 return kept
         with torch.inference_mode(False), torch.no_grad():  # autograd will save what is kept, whatever the mode is now
             found, squares = row_norms(*host.as_matrices(weight.detach(), a.detach(), b.detach()), scale, squares)
             norms = found.reshape(-1)
-            sample = _sample(weight).clone()
+            of_weight = of_weight or (weakref.ref(weight), _state(weight), _sample(weight).clone())
             own_a, own_b = (t.detach().clone(memory_format=torch.contiguous_format) for t in (a, b))
-        kept = _Kept(weakref.ref(weight), _state(weight), sample, own_a, own_b, scale, squares, norms, [])
+        kept = _Kept(*of_weight, own_a, own_b, scale, squares, norms, [])
         self._kept = kept
         return kept
 

@@ -19,8 +19,9 @@ import peftkit
 from peftkit import DoRAConfig, kept_norms
 from peftkit.kernels import dora_norm
 from peftkit.kernels import rescale as kernel
-from peftkit.kernels.dora_norm import reference, row_norms
+from peftkit.kernels.dora_norm import reference
 from peftkit.kernels.rescale import rescale
+from peftkit.kernels.row_norms import row_norms
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64])
 

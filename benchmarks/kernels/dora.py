@@ -14,7 +14,7 @@ from benchmarks.kernels.cases import SCALE, Case
 from peftkit.kernels import choice
 from peftkit.kernels.dora_linear import dora_linear, reference
 from peftkit.kernels.dora_norm import reference as norms
-from peftkit.kernels.dora_norm import row_norms
+from peftkit.kernels.row_norms import row_norms
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from torch import Tensor
 from benchmarks.kernels.baselines import HAS_PEFT
 from benchmarks.kernels.cases import SCALE
 from benchmarks.kernels.measure import clock, take_turns
-from peftkit.kernels.dora_norm import reference, row_norms
+from peftkit.kernels.dora_norm import reference
+from peftkit.kernels.row_norms import row_norms
 
 READ = "one read of W"
 Found = Callable[[Tensor, Tensor, Tensor], Tensor]

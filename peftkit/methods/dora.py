@@ -33,8 +33,9 @@ from peftkit.holder import graft_of
 from peftkit.hosts import Host, LinearHost, host_of
 from peftkit.kept_norms import KeptNorms
 from peftkit.kernels.dora_linear import dora_linear
-from peftkit.kernels.dora_norm import composed, row_norms
+from peftkit.kernels.dora_norm import composed
 from peftkit.kernels.rescale import rescale
+from peftkit.kernels.row_norms import row_norms
 from peftkit.leading import INITS as FROM_BASE
 from peftkit.pairs import PairAdapter, PairConfig
 from peftkit.sites import Site

@@ -22,7 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_ways import TRITON, WAYS, changed
 
-from peftkit.kernels import dora_norm_tiles
+from peftkit.kernels import dora_norm_op
 from peftkit.kernels.dora_linear import dora_linear, reference
 from peftkit.kernels.lora_linear import lora_linear
 
@@ -136,7 +136,7 @@ def test_opcheck(way):
 
 
 def test_opcheck_of_the_norm():
-    torch.library.opcheck(dora_norm_tiles.OPERATOR, (draw(40, 50), draw(3, 50), draw(40, 3), 1.5))
+    torch.library.opcheck(dora_norm_op.OPERATOR, (draw(40, 50), draw(3, 50), draw(40, 3), 1.5))
 
 
 @pytest.mark.gpu
@@ -145,7 +145,7 @@ def test_it_compiles_in_one_graph():
     x, weight, bias, m, a, b = given
 
     def run(x, m, a, b):
-        gain = m / dora_norm_tiles.OPERATOR(weight, a.detach(), b.detach(), SCALE)
+        gain = m / dora_norm_op.OPERATOR(weight, a.detach(), b.detach(), SCALE)
         return dora_linear(x, weight, bias, gain, a, b, SCALE)
 
     leaves = x, m, a, b
