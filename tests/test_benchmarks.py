@@ -15,7 +15,7 @@ IN_PROCESS = {
     "attaching": (attaching.measure, 5),
     "calling": (calling.measure, 7),
     "merging": (merging.measure, 10),
-    "dora": (dora.measure, 9),
+    "dora": (dora.measure, 11),
     "switching": (switching.measure, 4),
     "files": (files.measure, 3),
     "prefix": (prefix.measure, 2),
