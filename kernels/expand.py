@@ -26,6 +26,7 @@ from peftkit.kernels.gpu import (
     keep_tile,
     rank_tile,
     reachable,
+    shift,
     tl,
 )
 from peftkit.kernels.philox import keep_mask, threshold
@@ -132,7 +133,7 @@ def _expand(
         g = tl.load(gain + cols, mask=in_cols, other=1.0)
         acc *= g[None, :]
         if BIAS:
-            acc += (tl.load(bias + cols, mask=in_cols, other=0.0).to(tl.float32) * (1.0 - g))[None, :]
+            acc += shift(tl.load(bias + cols, mask=in_cols, other=0.0), g)[None, :]
     tl.store(y + at, acc.to(y.dtype.element_ty), mask=in_rows[:, None] & in_cols[None, :])
 
 

@@ -97,6 +97,13 @@ def keep_tile(seed, rows, first, bar, COLS: tl.constexpr):
     return tl.reshape(drawn, (rows.shape[0], COLS)).to(tl.int32) >= bar
 
 
+@jit
+def shift(bias, gain):
+    """`rescale.shift_of`: (1 − g) ∘ c in fp32, 0 where the bias is infinite."""
+    found = bias.to(tl.float32) * (1.0 - gain)
+    return tl.where(tl.abs(found) < float("inf"), found, 0.0)
+
+
 def ceil_div(n: int, by: int) -> int:
     """n / by, rounded up."""
     return -(-n // by)

@@ -52,7 +52,7 @@ class LoraLinear(torch.autograd.Function):
             needs, dy, dgain = (x_needs, a_needs, b_needs), rows(grad), None
             flat = None if x is None else rows(x)
             if torch.is_grad_enabled():
-                found = again(dy, flat, weight, gain, a, b, s, keep, ctx.alpha, needs, gain_needs)
+                found = again(dy, flat, z, weight, bias, gain, a, b, s, keep, ctx.alpha, needs, gain_needs)
                 dx, da, db, dgain = found
             else:
                 if gain is not None:
@@ -68,7 +68,9 @@ class LoraLinear(torch.autograd.Function):
 def again(
     dy: Tensor,
     x: Tensor | None,
+    z: Tensor | None,
     weight: Tensor | None,
+    bias: Tensor | None,
     gain: Tensor | None,
     a: Tensor,
     b: Tensor,
@@ -76,11 +78,11 @@ def again(
     keep: Tensor | None,
     alpha: float,
     needs: torch_way.Needs,
-    gain_needs: bool = False,
+    gain_needs: bool,
 ) -> Gradients:
     """dX, dA, dB and dgain out of place, for autograd to go through: what `create_graph=True` asks for."""
     x_needs, a_needs, b_needs = needs
-    if x is None and ((x_needs and b_needs) or gain_needs):
+    if x is None and x_needs and (b_needs or gain_needs):
         raise RuntimeError("lora_linear: with `a` frozen x is not saved, so only first derivatives; use `reference`")
     low, wide_b, dgain = a.to(dy.dtype), b.to(dy.dtype), None
     mask = 1 if keep is None else keep
@@ -88,8 +90,14 @@ def again(
     if dropped is not None:
         s = F.linear(dropped, low)
     if gain_needs:
-        assert x is not None and weight is not None and s is not None and gain is not None
-        dgain = ((F.linear(x, weight) + F.linear(s, wide_b) * alpha) * dy).to(gain.dtype).sum(0)
+        assert z is not None and gain is not None
+        part = z if bias is None else z - bias
+        if x is not None and weight is not None and s is not None:
+            part = F.linear(x, weight) + F.linear(s, wide_b) * alpha
+        elif s is not None:  # what was saved is no function of B to autograd: this is, of the same value
+            added = F.linear(s, wide_b) * alpha
+            part = part - added.detach() + added
+        dgain = (part * dy).to(gain.dtype).sum(0)
     if gain is not None:
         dy = (dy * gain).to(dy.dtype)
     ds = dy @ wide_b * alpha

@@ -58,11 +58,11 @@ def _forward(x, y, weight, bias, gain, a, b, scale, dropout, seed, way):
 def _backward(dy, x, z, weight, bias, gain, a, b, s, scale, dropout, seed, way, needs):
     way = _way(way, dy, a, b, gain, dropout)
     flat, flat_x, (*narrow, gain_needs) = rows(dy), None if x is None else rows(x), needs
-    of_pair, dgain = tuple(narrow), None
+    of_pair, dgain, tokens = tuple(narrow), None, len(flat)
     if way == "torch":
         if gain is not None:
             flat, dgain = gradients(flat, z if gain_needs else None, gain, bias, -1, any(of_pair))
-        keep = None if seed is None or not dropout else keep_mask(seed, len(dy), a.shape[1], dropout)
+        keep = None if seed is None or not dropout else keep_mask(seed, tokens, a.shape[1], dropout)
         found = None, None, None
         if flat is not None:
             found = torch_way.backward(flat, flat_x, weight, a, b, s, keep, scale / kept(dropout), of_pair)
@@ -109,7 +109,7 @@ def _gradients(ctx: Any, grad: Tensor, _of_s: Tensor | None, _of_z: Tensor | Non
             if ctx.dropout:
                 keep = keep_mask(seed, len(flat), a.shape[1], ctx.dropout)
             alpha, flat_x = ctx.scale / kept(ctx.dropout), None if x is None else rows(x)
-            dx, da, db, dgain = again(flat, flat_x, weight, gain, a, b, s, keep, alpha, needs, gain_needs)
+            dx, da, db, dgain = again(flat, flat_x, z, weight, bias, gain, a, b, s, keep, alpha, needs, gain_needs)
             dx = None if dx is None else dx.view(*grad.shape[:-1], a.shape[1])
         else:
             settings = ctx.scale, ctx.dropout, seed, ctx.way, (*needs, gain_needs)

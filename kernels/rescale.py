@@ -21,13 +21,20 @@ from torch._C._functorch import maybe_current_level
 
 from peftkit.kernels.choice import why_not_triton
 
+ROWS = 2048  # that are added up one by one
+
 
 def reference(z: Tensor, gain: Tensor, bias: Tensor | None = None, axis: int = -1) -> Tensor:
     """`rescale` in plain operators: what it is tested against, and what is traced."""
     dtype = torch.promote_types(z.dtype, torch.float32)
-    g = _along(gain.to(dtype), axis)
-    y = z * g if bias is None else z * g + _along(bias.to(dtype), axis) * (1 - g)
-    return y.to(z.dtype)
+    gain = gain.to(dtype)
+    y = z * _along(gain, axis)
+    return (y if bias is None else y + _along(shift_of(gain, bias), axis)).to(z.dtype)
+
+
+def shift_of(gain: Tensor, bias: Tensor) -> Tensor:
+    """(1 − g) ∘ c; 0 where the bias is infinite, which z is then as well."""
+    return (bias.to(gain.dtype) * (1 - gain)).nan_to_num(0.0, 0.0, 0.0)
 
 
 def rescale(z: Tensor, gain: Tensor, bias: Tensor | None = None, axis: int = -1, *, own: bool = False) -> Tensor:
@@ -54,11 +61,11 @@ def _along(t: Tensor, axis: int) -> Tensor:
 def scaled(z: Tensor, gain: Tensor, bias: Tensor | None, axis: int = -1, out: Tensor | None = None) -> Tensor:
     """`rescale` as autograd does not see it; out: z itself, where it may be written over."""
     dtype = torch.promote_types(z.dtype, torch.float32)
-    g = _along(gain.to(dtype), axis)
     if z.dtype is dtype:
+        g = gain.to(dtype)
         if bias is None:
-            return torch.mul(z, g, out=out)
-        return torch.lerp(_along(bias.to(dtype), axis), z, g, out=out)  # exact where g is 1
+            return torch.mul(z, _along(g, axis), out=out)
+        return torch.addcmul(_along(shift_of(g, bias), axis), z, _along(g, axis), out=out)
     if (
         z.is_cuda
         and axis == -1
@@ -69,14 +76,14 @@ def scaled(z: Tensor, gain: Tensor, bias: Tensor | None, axis: int = -1, out: Te
         from peftkit.kernels.rescale_rows import rescale_rows
 
         flat = z.view(-1, z.shape[-1])
-        return rescale_rows(flat, gain, bias, None if out is None else flat).view(z.shape)
+        return torch.ops.aten._unsafe_view(rescale_rows(flat, gain, bias, None if out is None else flat), z.shape)
     if not _in_one_pass(z, gain):
         return reference(z, gain, bias, axis)
-    none, one = gain.new_zeros(gain.shape), torch.ones_like(gain)
-    shift = (
-        none if bias is None else bias.to(gain.dtype) * (1 - gain)
-    )  # not c, with a mean of c: it rounds where g is 1
-    found = torch.native_batch_norm(_channels_second(z, axis), gain, shift, none, one, False, 0.0, 0.0)[0]
+    none, one = gain.new_zeros(gain.shape), gain.new_ones(gain.shape)
+    # the shift is made here: batch norm's own, from a mean of c, rounds where g is 1
+    shift = none if bias is None else shift_of(gain, bias)
+    image = _channels_second(z, axis, _format(z))
+    found = torch.native_batch_norm(image, gain.contiguous(), shift, none, one, False, 0.0, 0.0)[0]
     return _channels_back(found, z.shape, axis)
 
 
@@ -114,10 +121,28 @@ def gradients(
 def _gradients_in_one_pass(
     dy: Tensor, z: Tensor, gain: Tensor, bias: Tensor | None, axis: int, z_needs: bool
 ) -> tuple[Tensor | None, Tensor]:
-    c, one = gain.new_zeros(gain.shape) if bias is None else bias.to(gain.dtype), torch.ones_like(gain)
-    images = _channels_second(dy, axis), _channels_second(z, axis)
-    found = torch.ops.aten.native_batch_norm_backward(*images, gain, c, one, c, one, False, 0.0, [z_needs, True, False])
-    return _channels_back(found[0], z.shape, axis) if z_needs else None, found[1]
+    none, one, gain = gain.new_zeros(gain.shape), gain.new_ones(gain.shape), gain.contiguous()
+    c = none if bias is None else bias.to(gain.dtype).contiguous()
+    layout = _format(z)
+    images = _channels_second(dy, axis, layout), _channels_second(z, axis, layout)
+    along = 2 if axis == -1 else 0  # tokens, or the batch
+    found = []
+    for dy_piece, z_piece in zip(*(t.split(_length(t, along), along) for t in images), strict=True):
+        mask = [z_needs, True, False]
+        found.append(
+            torch.ops.aten.native_batch_norm_backward(dy_piece, z_piece, gain, c, one, c, one, False, 0.0, mask)
+        )
+    dgain = found[0][1] if len(found) == 1 else torch.stack([f[1] for f in found]).sum(0)
+    if not z_needs:
+        return None, dgain
+    dz = found[0][0] if len(found) == 1 else torch.cat([f[0] for f in found], along)
+    return _channels_back(dz, z.shape, axis), dgain
+
+
+def _length(image: Tensor, along: int) -> int:
+    """How much of an axis makes `ROWS` rows: batch norm adds them up one by one, so that long sums lose digits."""
+    others = image.numel() // (image.shape[1] * image.shape[along])
+    return max(1, ROWS // max(1, others))
 
 
 def _in_one_pass(z: Tensor, gain: Tensor) -> bool:
@@ -125,14 +150,25 @@ def _in_one_pass(z: Tensor, gain: Tensor) -> bool:
     return z.is_cpu and z.numel() > 0 and gain.dtype is torch.promote_types(z.dtype, torch.float32)
 
 
-def _channels_second(t: Tensor, axis: int) -> Tensor:
+def _format(z: Tensor) -> torch.memory_format:
+    """How z lies in memory, if it is an image."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    last = formats.get(z.dim())
+    if last is not None and not z.is_contiguous() and z.is_contiguous(memory_format=last):
+        return last
+    return torch.contiguous_format
+
+
+def _channels_second(t: Tensor, axis: int, layout: torch.memory_format) -> Tensor:
     """(batch features …), as batch norm has it; features that lie last are an image's channels.
 
-    Always in one layout: where z and dy differ, torch's gradients of batch norm can be wrong (2.13, on a CPU).
+    z and dy in one layout: where theirs differ, torch's gradients of batch norm can be wrong (2.13, on a CPU).
     """
     if axis == -1:
         return t.reshape(-1, t.shape[-1]).contiguous().t()[None, :, :, None]
-    return (t if t.dim() == 1 - axis else t[None]).contiguous()
+    if t.dim() == 1 - axis:
+        return t.contiguous(memory_format=layout)
+    return t[None].contiguous()
 
 
 def _channels_back(t: Tensor, shape: torch.Size, axis: int) -> Tensor:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from peftkit.kernels.gpu import Launch, ceil_div, jit, tl
+from peftkit.kernels.gpu import Launch, ceil_div, jit, shift, tl
 
 
 class Tiles(NamedTuple):
@@ -32,7 +32,7 @@ def _rescale_rows(
     g = tl.load(gain + cols, mask=in_cols, other=1.0)
     wide = tl.load(z + long_rows * z_row + cols[None, :], mask=inside, other=0.0).to(tl.float32) * g[None, :]
     if BIAS:
-        wide += (tl.load(bias + cols, mask=in_cols, other=0.0).to(tl.float32) * (1.0 - g))[None, :]
+        wide += shift(tl.load(bias + cols, mask=in_cols, other=0.0), g)[None, :]
     tl.store(y + long_rows * y_row + cols[None, :], wide.to(y.dtype.element_ty), mask=inside)
 
 

@@ -1,7 +1,8 @@
 """DoRA's norms, ‖W + s·BA‖ of every row, the way that is best here.
 
-On a GPU they are one read of W, at every forward: whether A and B are what they were could only be known by comparing them,
-and the answer would have to come back to the CPU, which costs more. On a CPU they are three thin products.
+On a GPU with Triton they are one read of W, at every forward: whether A and B are what they were could only be known by
+comparing them, and the answer would have to come back to the CPU, which costs more. Elsewhere, and for groups, they are
+three thin products.
 """
 
 from __future__ import annotations

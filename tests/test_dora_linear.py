@@ -170,11 +170,49 @@ def test_second_derivatives(kernel, dropout):
     assert torch.autograd.gradgradcheck(probed, leaves)
 
 
-def test_a_second_derivative_without_x_is_refused(kernel):
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_second_derivatives_with_a_frozen(kernel, dropout):
+    x, weight, bias, gain, a, b = wide(inputs((3,), 5, 4, 2))
+
+    def probed(gain, b):
+        torch.manual_seed(1)
+        return dora_linear(x.detach(), weight, bias, gain, a.detach(), b, SCALE, dropout)
+
+    assert torch.autograd.gradgradcheck(probed, (gain, b))
+
+
+def test_a_second_derivative_by_an_x_that_is_not_saved_is_refused(kernel):
     x, weight, bias, gain, a, b = inputs()
     y = dora_linear(x, weight, bias, gain, a.detach(), b, SCALE)
-    with pytest.raises(RuntimeError, match="`a` frozen"):
-        torch.autograd.grad(y.sin().sum(), (gain, b), create_graph=True)
+    for leaves in ((x, gain), (x, b)):
+        with pytest.raises(RuntimeError, match="`a` frozen"):
+            torch.autograd.grad(y.sin().sum(), leaves, create_graph=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("spread", ["bias", "gain", "expanded"])
+def test_vectors_of_any_stride(kernel, dtype, spread):
+    given, dy = list(inputs(dtype=dtype)), torch.randn(40, 24).to(dtype)
+    if spread == "bias":
+        given[2] = torch.randn(24, 3, dtype=dtype)[:, 0]
+    elif spread == "gain":
+        given[3] = torch.rand(24, 3, dtype=given[3].dtype)[:, 0].requires_grad_()
+    else:
+        given[3] = given[3].detach()[:1].expand(24).requires_grad_()
+    found, plain = results(dora_linear, given, dy), results(reference, given, dy)
+    for name, ours, theirs in zip(("y", "dx", "dgain", "da", "db"), found, plain, strict=True):
+        assert (ours - theirs).norm() <= 8 * torch.finfo(dtype).eps * theirs.norm(), name
+
+
+def test_an_infinite_bias_stays_what_it_is(kernel):
+    """That of a class which is masked out."""
+    x, weight, bias, gain, a, b = inputs()
+    bias[3] = float("-inf")
+    for g in (torch.ones_like(gain), gain.detach()):
+        y = dora_linear(x, weight, bias, g.requires_grad_(), a, b, SCALE)
+        assert bool((y[:, 3] == float("-inf")).all()) and bool(torch.isfinite(y[:, :3]).all())
+        with torch.no_grad():
+            assert torch.equal(dora_linear(x, weight, bias, g, a, b, SCALE), y)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

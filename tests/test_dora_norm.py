@@ -218,6 +218,28 @@ def test_rescaling_and_its_gradients(rows, width, dtype, bias, axis, turned, dy_
     torch.testing.assert_close(found[1].double(), wanted[1], rtol=0, atol=float(size * torch.finfo(wide).eps))
 
 
+@pytest.mark.parametrize("shape", [(100_000, 3), (50, 3, 2000)])
+def test_long_sums_keep_their_digits(shape):
+    """Numbers of one sign added up one by one lose a digit or two in a hundred thousand."""
+    torch.manual_seed(0)
+    z, dy, g = torch.rand(shape), torch.rand(shape), torch.rand(3, requires_grad=True)
+    axis = -1 if len(shape) == 2 else -2
+    found = torch.autograd.grad(rescale(z, g, None, axis), g, dy)[0]
+    true = (z.double() * dy.double()).sum([i for i in range(len(shape)) if i != len(shape) + axis])
+    assert float(((found - true) / true).abs().max()) < 2e-6
+    dz = torch.autograd.grad(rescale(z.requires_grad_(), g, None, axis), z, dy)[0]
+    assert torch.equal(dz, dy * g.detach().view(-1, *(1,) * (-axis - 1)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_images_keep_their_layout(dtype):
+    z = torch.randn(2, 8, 5, 6).to(dtype).to(memory_format=torch.channels_last).requires_grad_()
+    y = rescale(z, torch.rand(8, requires_grad=True), torch.randn(8).to(dtype), -3)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    y.backward(torch.randn(2, 8, 5, 6).to(dtype))
+    assert z.grad.is_contiguous(memory_format=torch.channels_last)
+
+
 # -- compiled, checkpointed, under autocast ---------------------------------------------------------------------------
 
 

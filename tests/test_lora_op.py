@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import peftkit
-from peftkit.kernels import choice, lora_linear, lora_op, philox
+from peftkit.kernels import choice, lora_linear, lora_op, philox, rescale
 from peftkit.kernels.lora_linear import lora_delta, reference
 from peftkit.kernels.lora_linear import lora_linear as linear
 
@@ -107,6 +107,22 @@ def test_opcheck(dropout, dtype):
         lora_op.BACKWARD, (dy, x, None, weight, bias, None, a, b, s, *rest, [True, True, True, False])
     )
     torch.library.opcheck(lora_op.BACKWARD, (dy, x, z, weight, bias, gain, a, b, s, *rest, [True] * 4))
+
+
+@pytest.mark.parametrize("lead", [(), (5,), (3, 5), (1, 5), (4, 1, 2), (2, 0, 3)], ids=str)
+@pytest.mark.parametrize("gained", [False, True])
+def test_the_operator_masks_every_token_whatever_the_leading_sizes(lead, gained):
+    torch.manual_seed(0)
+    x, (_, weight, bias, a, b), seed = torch.randn(*lead, 10, requires_grad=True), operands(), torch.tensor([5])
+    gain = torch.rand(8, requires_grad=True) if gained else None
+    leaves = (x, a, b) if gain is None else (x, a, b, gain)
+    y = torch.ops.peftkit.lora_linear(x, None, weight, bias, gain, a, b, SCALE, 0.4, seed, "torch")[0]
+    true = reference(x, weight, bias, a, b, SCALE, 0.4, seed)
+    true = true if gain is None else rescale.reference(true, gain, bias)
+    dy = torch.randn(true.shape)
+    torch.testing.assert_close(y, true)
+    for found, wanted in zip(*(torch.autograd.grad(t, leaves, dy) for t in (y, true)), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_the_operator_is_one_node_of_a_compiled_graph():

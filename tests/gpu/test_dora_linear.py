@@ -168,3 +168,14 @@ def test_an_adapter_starts_at_the_base_to_the_bit(dtype):
         with torch.no_grad():
             assert torch.equal(model(x), before)
         peftkit.eject(model)
+
+
+@pytest.mark.gpu
+def test_what_follows_may_write_over_the_output():
+    import peftkit
+
+    for options in ({}, {"magnitude_only": "**"}):
+        model = torch.nn.Sequential(torch.nn.Linear(64, 48), torch.nn.ReLU(inplace=True)).to(DEVICE, torch.bfloat16)
+        peftkit.inject(model, peftkit.DoRAConfig(r=4, targets="0", **options))
+        model(draw(7, 64, dtype=torch.bfloat16)[None]).sum().backward()
+        assert all(p.grad is not None for p in peftkit.parameters(model))
