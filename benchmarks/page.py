@@ -49,10 +49,10 @@ def page() -> str:
     kernels = _kernel_results()
     parts = [HEAD] if kernels else [HEAD, NO_GPU]
     for name, title, script, render in SECTIONS:
-        path = RESULTS / f"{name}.json"
-        if path.exists():
+        for path in sorted(RESULTS.glob(f"{name}.json")):
             found = json.loads(path.read_text())
-            parts.append(f"## {title}\n\n`{script}`; {_machine(found['machine'])}.\n\n{render(found['rows'])}")
+            what = title.format(device=path.stem.partition("-")[2])
+            parts.append(f"## {what}\n\n`{script}`; {_machine(found['machine'])}.\n\n{render(found['rows'])}")
     parts.append(_kernels(kernels))
     return "\n".join(parts)
 
@@ -178,7 +178,7 @@ def _siblings(rows: list[dict[str, Any]]) -> str:
 SECTIONS = (
     ("against_peft", "The verbs, beside peft", "python -m benchmarks.against_peft --full", _against_peft),
     ("lora_linear-cpu", "The LoRA linear", "python benchmarks/lora_linear.py", _lora_linear),
-    ("siblings-cpu", "What siblings could share", "python -m benchmarks.siblings", _siblings),
+    ("siblings-*", "What siblings could share, {device}", "python -m benchmarks.siblings", _siblings),
     ("demo-minilm", "The main job: MiniLM-L6", "make demo", _demo),
     ("demo-smollm2", "The main job: SmolLM2-135M", "make demo MODEL=smollm2", _demo),
     (
