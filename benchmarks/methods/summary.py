@@ -68,9 +68,11 @@ def plot(found: Mapping[str, Any], title: str, path: Path) -> None:
         x = runs[0]["trained"]
         axes.errorbar(x, mean, [[mean - min(accuracies)], [max(accuracies) - mean]], fmt="o", color="#2b6cb0",
                       markersize=5, elinewidth=1, capsize=2)  # fmt: skip
-        left = method in ("lora", "vera", "series")  # whose neighbours' names stand on the right
-        axes.annotate(TITLES[method], (x, mean), xytext=(-6 if left else 6, 4), textcoords="offset points", fontsize=8,
-                      ha="right" if left else "left")  # fmt: skip
+        under = method == "series"  # between two others: its name stands under its bar
+        left = under or method in ("lora", "vera", "parallel")  # whose neighbours' names stand on the right
+        axes.annotate(TITLES[method], (x, min(accuracies) if under else mean), textcoords="offset points", fontsize=8,
+                      xytext=(3, -3) if under else (-6 if left else 6, 4), ha="right" if left else "left",
+                      va="top" if under else "baseline")  # fmt: skip
     axes.set(xscale="log", xlabel="trained parameters", ylabel="held-out accuracy, %", title=title)
     axes.margins(x=0.12)
     axes.grid(alpha=0.25, linewidth=0.5)
