@@ -11,17 +11,25 @@ from torch import Tensor, nn
 
 from peftkit.hosts import Host
 from peftkit.kernels.dora_norm import composed
+from peftkit.kernels.rescale import shift_of
 from peftkit.kernels.row_norms import row_norms
 
 _SAMPLE = 64  # numbers of a weight that are compared
 
 
 class _Folded(NamedTuple):
-    """What evaluation needs of a pair and a magnitude m."""
+    """What evaluation needs of a pair, a magnitude m and a bias."""
 
     magnitude: Tensor
+    bias: Tensor | None
     gain: Tensor
+    shift: Tensor | None
     left: Tensor
+
+    def of_these(self, magnitude: Tensor, bias: Tensor | None) -> bool:
+        if bias is None or self.bias is None:
+            return bias is self.bias and _same(self.magnitude, magnitude)
+        return _same(self.magnitude, magnitude) and _same(self.bias, bias)
 
 
 class _Kept(NamedTuple):
@@ -61,18 +69,21 @@ class KeptNorms:
         return self._current(host, weight, a, b, scale).norms
 
     def folded(
-        self, host: Host, weight: Tensor, a: Tensor, b: Tensor, magnitude: Tensor, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        """g = m / n: (out), and the transpose of `g ∘ s·B`: (r out); kept likewise, without gradients, untraced."""
+        self, host: Host, weight: Tensor, a: Tensor, b: Tensor, magnitude: Tensor, bias: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """g = m / n: (out); (1 − g) ∘ bias: (out); the transpose of `g ∘ s·B`: (r out); kept likewise, without gradients,
+        untraced.
+        """
         kept = self._current(host, weight, a, b, scale)
         found = kept.folded[0] if kept.folded else None
-        if found is None or not _same(found.magnitude, magnitude):
+        if found is None or not found.of_these(magnitude, bias):
             with torch.inference_mode(False), torch.no_grad():
-                m = magnitude.detach().clone()
+                m, c = magnitude.detach().clone(), None if bias is None else bias.detach().clone()
                 gain = m.to(kept.norms.dtype) / kept.norms
-                found = _Folded(m, gain, (kept.b * (gain * scale)[:, None]).t().contiguous())
+                shift = None if c is None else shift_of(gain, c)
+                found = _Folded(m, c, gain, shift, (kept.b * (gain * scale)[:, None]).t().contiguous())
             kept.folded[:] = [found]
-        return found.gain, found.left
+        return found.gain, found.shift, found.left
 
     def _current(self, host: Host, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> _Kept:
         kept = self._kept

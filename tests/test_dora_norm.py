@@ -176,6 +176,20 @@ def test_a_row_of_a_large_weight_written_in_place_is_noticed():
     torch.testing.assert_close(model(x), formula(model[0], adapter_of(model), x), rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("what", ["bias", "lora_magnitude_vector", "lora_A", "lora_B"])
+def test_a_few_tokens_follow_every_vector_written_through_data(what):
+    """What is folded for them is kept too."""
+    model, x = one(dtype=torch.float32), torch.randn(2, 6)
+    adapter = adapter_of(model)
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(model(x), formula(model[0], adapter, x))
+        (model[0].bias if what == "bias" else getattr(adapter, what)).data[1] += 3
+        torch.testing.assert_close(model(x), formula(model[0], adapter, x))
+        model[0].bias = None
+        torch.testing.assert_close(model(x), formula(model[0], adapter, x))
+
+
 def test_it_follows_a_change_of_dtype():
     model, x = one(dtype=torch.float32), torch.randn(3, 6)
     model(x)

@@ -34,7 +34,7 @@ from peftkit.hosts import Host, LinearHost, host_of
 from peftkit.kept_norms import KeptNorms
 from peftkit.kernels.dora_linear import dora_linear
 from peftkit.kernels.dora_norm import composed
-from peftkit.kernels.rescale import rescale, scaled
+from peftkit.kernels.rescale import rescale
 from peftkit.kernels.row_norms import row_norms
 from peftkit.leading import INITS as FROM_BASE
 from peftkit.pairs import PairAdapter, PairConfig
@@ -236,9 +236,10 @@ class DoRAAdapter(PairAdapter):
     def _folded(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """A few tokens, where every operator counts: `g ∘ (W x + bias) + (1 − g) ∘ bias + (A x) (g ∘ s·B)ᵀ`."""
         a, b = self.factors()
-        gain, left = self.norms.folded(self.host, weight, a, b, self._parameters[_MAGNITUDE], self.scale)  # type: ignore[arg-type]
+        m: Any = self._parameters[_MAGNITUDE]
+        gain, shift, left = self.norms.folded(self.host, weight, a, b, m, bias, self.scale)
         y = F.linear(x, weight.t() if self.transposed else weight, bias)
-        y = scaled(y, gain, bias, out=y)
+        y = y.mul_(gain) if shift is None else torch.addcmul(shift, y, gain, out=y)
         y.view(-1, y.shape[-1]).addmm_(F.linear(x, a).view(-1, a.shape[0]), left)
         return y
 
