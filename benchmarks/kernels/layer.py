@@ -37,7 +37,6 @@ def draw(case: Case, device: torch.device) -> LayerOperands:
     """One set of operands: heads of 128 or fewer, and four times fewer keys, as Llama 3 has them."""
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    torch.manual_seed(0)
     length = min(LENGTH, case.tokens)
 
     def randn(*shape: int) -> Tensor:
