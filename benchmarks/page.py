@@ -79,6 +79,11 @@ def _lora_linear(rows: list[dict[str, Any]]) -> str:
     return _table(("case", "by", "over the frozen base", "saved MiB", "error y", "dX", "dA", "dB"), lines)
 
 
+def _siblings(rows: list[dict[str, Any]]) -> str:
+    lines = [(r["case"], *(f"{100 * r['over'][k]:.1f}" for k in ("apart", "shared"))) for r in rows]
+    return _table(("siblings of one x", "apart, % over the frozen base", "products shared"), lines)
+
+
 def _demo(r: dict[str, Any]) -> str:
     lines = [
         ("held-out accuracy without the adapter", f"{r['base_accuracy']:.1%}"),
@@ -168,12 +173,6 @@ PLOTS = {
     "methods-minilm": "MiniLM-L6 on film reviews",
     "methods-smollm2": "SmolLM2-135M on film reviews",
 }
-
-
-def _siblings(rows: list[dict[str, Any]]) -> str:
-    lines = [(r["case"], *(f"{100 * r['over'][k]:.1f}" for k in ("apart", "shared"))) for r in rows]
-    return _table(("siblings of one x", "apart, % over the frozen base", "products shared"), lines)
-
 
 SECTIONS = (
     ("against_peft", "The verbs, beside peft", "python -m benchmarks.against_peft --full", _against_peft),

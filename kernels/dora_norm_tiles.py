@@ -78,7 +78,7 @@ def dora_norm(weight: Tensor, a: Tensor, b: Tensor, scale: float, t: Tiles | Non
 
     weight: (out in), of any strides, in fp32, fp16 or bf16; a: (r in), b: (out r), in one of these dtypes each.
     """
-    if a.dtype is not b.dtype or not a.shape[0]:
+    if a.dtype is not b.dtype:
         a, b = a.float(), b.float()
     run, parts = launch(weight, a.contiguous(), b.contiguous(), float(scale), t or tiles(a.dtype))
     run()

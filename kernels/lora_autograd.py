@@ -49,20 +49,36 @@ class LoraLinear(torch.autograd.Function):
         with torch.autocast(grad.device.type, enabled=False):  # forward ran without it
             x, z, weight, bias, gain, a, b, s, keep = ctx.saved_tensors
             x_needs, y_needs, _, _, gain_needs, a_needs, b_needs, *_ = ctx.needs_input_grad
-            needs, dy, dgain = (x_needs, a_needs, b_needs), rows(grad), None
-            flat = None if x is None else rows(x)
-            if torch.is_grad_enabled():
-                found = again(dy, flat, z, weight, bias, gain, a, b, s, keep, ctx.alpha, needs, gain_needs)
-                dx, da, db, dgain = found
-            else:
-                if gain is not None:
-                    dy, dgain = gradients(dy, z, gain, bias, -1, any(needs))
-                dx = da = db = None
-                if any(needs):
-                    assert dy is not None
-                    dx, da, db = torch_way.backward(dy, flat, weight, a, b, s, keep, ctx.alpha, needs)
+            needs, flat = (x_needs, a_needs, b_needs), None if x is None else rows(x)
+            run = again if torch.is_grad_enabled() else once
+            found = run(rows(grad), flat, z, weight, bias, gain, a, b, s, keep, ctx.alpha, needs, gain_needs)
+        dx, da, db, dgain = found
         dx = None if dx is None else dx.view(ctx.shape)
         return dx, grad if y_needs else None, None, None, dgain, da, db, None, None, None
+
+
+def once(
+    dy: Tensor,
+    x: Tensor | None,
+    z: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    gain: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    s: Tensor | None,
+    keep: Tensor | None,
+    alpha: float,
+    needs: torch_way.Needs,
+    gain_needs: bool,
+) -> Gradients:
+    """dX, dA, dB and dgain, each where it is needed, by the torch way."""
+    dz, dgain = dy, None
+    if gain is not None:
+        dz, dgain = gradients(dy, z if gain_needs else None, gain, bias, -1, any(needs))
+    if dz is None:
+        return None, None, None, dgain
+    return *torch_way.backward(dz, x, weight, a, b, s, keep, alpha, needs), dgain
 
 
 def again(
@@ -80,7 +96,7 @@ def again(
     needs: torch_way.Needs,
     gain_needs: bool,
 ) -> Gradients:
-    """dX, dA, dB and dgain out of place, for autograd to go through: what `create_graph=True` asks for."""
+    """What `once` gives, out of place, for autograd to go through: what `create_graph=True` asks for."""
     x_needs, a_needs, b_needs = needs
     if x is None and x_needs and (b_needs or gain_needs):
         raise RuntimeError("lora_linear: with `a` frozen x is not saved, so only first derivatives; use `reference`")

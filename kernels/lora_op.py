@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from peftkit.kernels import choice, torch_way
-from peftkit.kernels.lora_autograd import Gradients, again, rows, shaped
+from peftkit.kernels.lora_autograd import Gradients, again, once, rows, shaped
 from peftkit.kernels.philox import keep_mask, kept
-from peftkit.kernels.rescale import gradients, scaled
+from peftkit.kernels.rescale import scaled
 
 _library = torch.library.Library("peftkit", "DEF")
 _library.define(
@@ -58,20 +58,17 @@ def _forward(x, y, weight, bias, gain, a, b, scale, dropout, seed, way):
 def _backward(dy, x, z, weight, bias, gain, a, b, s, scale, dropout, seed, way, needs):
     way = _way(way, dy, a, b, gain, dropout)
     flat, flat_x, (*narrow, gain_needs) = rows(dy), None if x is None else rows(x), needs
-    of_pair, dgain, tokens = tuple(narrow), None, len(flat)
+    of_pair = tuple(narrow)
     if way == "torch":
-        if gain is not None:
-            flat, dgain = gradients(flat, z if gain_needs else None, gain, bias, -1, any(of_pair))
-        keep = None if seed is None or not dropout else keep_mask(seed, tokens, a.shape[1], dropout)
-        found = None, None, None
-        if flat is not None:
-            found = torch_way.backward(flat, flat_x, weight, a, b, s, keep, scale / kept(dropout), of_pair)
+        keep = None if seed is None or not dropout else keep_mask(seed, len(flat), a.shape[1], dropout)
+        alpha = scale / kept(dropout)
+        found = once(flat, flat_x, z, weight, bias, gain, a, b, s, keep, alpha, of_pair, gain_needs)
     else:
         from peftkit.kernels import triton_ways
 
         gained = None if gain is None else (z if gain_needs else None, gain, bias)
-        *found, dgain = triton_ways.backward(way, flat, flat_x, weight, gained, a, b, s, scale, dropout, seed, of_pair)
-    dx, da, db = found
+        found = triton_ways.backward(way, flat, flat_x, weight, gained, a, b, s, scale, dropout, seed, of_pair)
+    dx, da, db, dgain = found
     dx = None if dx is None else dx.reshape(*dy.shape[:-1], a.shape[1])
     return tuple(dy.new_empty(0) if t is None else t.contiguous() for t in (dx, da, db, dgain))
 

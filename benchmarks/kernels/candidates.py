@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from benchmarks.kernels import baselines
 from benchmarks.kernels.cases import SCALE, Case
 from peftkit.kernels import augmented, choice
-from peftkit.kernels.lora_linear import lora_linear
+from peftkit.kernels.lora_linear import lora_linear, reference
 
 BASE = "F.linear, frozen"
 
@@ -110,6 +110,13 @@ def candidates(case: Case, device: torch.device, compiled: bool = False) -> list
         function = baselines.compiled()
         found.append(Candidate("torch.compile of plain torch", lambda o: _bound(function, case, o), compiled=True))
     return found
+
+
+def truth(case: Case, o: Operands, exact: list[Tensor]) -> Tensor:
+    """y of x, A and B in fp64, with the operands' mask."""
+    x, a, b = exact
+    bias = None if o.bias is None else o.bias.double()
+    return reference(x, o.weight.double(), bias, a, b, SCALE, case.dropout, o.seed)
 
 
 def ours(case: Case, device: torch.device) -> list[Candidate]:

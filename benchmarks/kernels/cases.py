@@ -20,7 +20,7 @@ class Case:
         target: the most that forward and backward may take over those of the frozen base, as a share of it;
             None where nothing is asked.
         bias: whether the base has one.
-        kind: `"lora"`; `"dora"`, whose target is for the norm kept, and twice as much where it is computed; or
+        kind: `"lora"`; `"dora"`, whose target is for the norm kept (`dora.COMPUTED` where it is not); or
             `"layer"`, a decoder layer of width `fan_in` whose MLP is `fan_out` wide.
     """
 

@@ -16,6 +16,8 @@ from peftkit.kernels.dora_linear import dora_linear, reference
 from peftkit.kernels.dora_norm import reference as norms
 from peftkit.kernels.row_norms import row_norms
 
+COMPUTED = 5 / 3  # times the target, where the norm is computed at every step: 20 % for 12 %
+
 
 @dataclass(frozen=True)
 class DoraOperands(Operands):
@@ -33,10 +35,10 @@ def draw(case: Case, device: torch.device) -> DoraOperands:
     return DoraOperands(o.x, o.dy, o.weight, o.bias, o.a, o.b, o.seed, nn.Parameter(m))
 
 
-def candidates(case: Case, device: torch.device) -> list[Candidate]:
-    """The base first."""
+def candidates(case: Case, device: torch.device, compiled: bool = False) -> list[Candidate]:
+    """The base first; none is compiled."""
     ways = ["torch"] if choice.why_not_triton(device, case.dtype, case.r) else list(choice.WAYS)
-    found = [Candidate(BASE, lambda o: _bound(case, o, o.x, adapted=False))]
+    found = [Candidate(BASE, lambda o: Bound(lambda: _base(o), (o.x,), _held(o), o.dy, None))]
     for way in ways:
         found += [_ours(case, way, kept=False), _ours(case, way, kept=True)]
     found.append(Candidate("plain torch, dense norm", lambda o: _plain(case, o)))
@@ -49,12 +51,26 @@ def candidates(case: Case, device: torch.device) -> list[Candidate]:
     return found
 
 
-def truth(
-    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, m: Tensor, dropout: float, seed: Tensor
+def truth(case: Case, o: DoraOperands, exact: list[Tensor]) -> Tensor:
+    """y of x, A, B and m in fp64, with the operands' mask."""
+    x, a, b, m = exact
+    return _dense(case, x, o.weight.double(), None if o.bias is None else o.bias.double(), a, b, m, o.seed)
+
+
+def _dense(
+    case: Case, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, m: Tensor, seed: Tensor | None
 ) -> Tensor:
     """y by the dense formula, the norm a constant."""
     gain = m / norms(weight, a.detach(), b.detach(), SCALE)
-    return reference(x, weight, bias, gain, a, b, SCALE, dropout, seed)
+    return reference(x, weight, bias, gain, a, b, SCALE, case.dropout, seed)
+
+
+def _base(o: DoraOperands) -> Tensor:
+    return baselines.base(o.x, o.weight, o.bias, o.a, o.b, SCALE)
+
+
+def _held(o: DoraOperands) -> tuple[Tensor, ...]:
+    return *lora.held(o, o.weight), o.m
 
 
 def _ours(case: Case, way: str, kept: bool) -> Candidate:
@@ -65,34 +81,25 @@ def _ours(case: Case, way: str, kept: bool) -> Candidate:
             n = held if kept else row_norms(o.weight, o.a, o.b, SCALE)[0]
             return dora_linear(o.x, o.weight, o.bias, o.m / n, o.a, o.b, SCALE, case.dropout, seed=seed, way=way)
 
-        return Bound(forward, (o.x, o.a, o.b, o.m), (*lora.held(o, o.weight), o.m, held), o.dy, lambda: forward(o.seed))
+        return Bound(forward, (o.x, o.a, o.b, o.m), (*_held(o), held), o.dy, lambda: forward(o.seed))
 
-    target = case.target if kept or case.target is None else TWICE * case.target
+    target = case.target if kept or case.target is None else COMPUTED * case.target
     # the way is chosen with the norm kept: what that costs is the same in all
     return Candidate(f"dora_linear, {way}" + (", norm kept" if kept else ""), bind, way if kept else None, target)
 
 
-TWICE = 5 / 3  # what a norm at every step may cost: 20 % where 12 % are asked for without
-
-
 def _plain(case: Case, o: DoraOperands) -> Bound:
     def forward() -> Tensor:
-        gain = o.m / norms(o.weight, o.a.detach(), o.b.detach(), SCALE)
-        return reference(o.x, o.weight, o.bias, gain, o.a, o.b, SCALE, case.dropout)
+        return _dense(case, o.x, o.weight, o.bias, o.a, o.b, o.m, None)
 
-    return _bound(case, o, o.x, o.a, o.b, o.m, forward=forward)
-
-
-def _bound(case: Case, o: DoraOperands, *trained: Tensor, adapted: bool = True, forward=None) -> Bound:
-    def base() -> Tensor:
-        return baselines.base(o.x, o.weight, o.bias, o.a, o.b, SCALE)
-
-    run = forward or base
-    seeded = run if adapted and not case.dropout else None
-    return Bound(run, trained, (*lora.held(o, o.weight), o.m), o.dy, seeded)
+    return Bound(forward, (o.x, o.a, o.b, o.m), _held(o), o.dy, None if case.dropout else forward)
 
 
 def _peft(case: Case, o: DoraOperands, a: nn.Parameter, b: nn.Parameter) -> Bound:
     m = nn.Parameter(o.m.detach().to(a.dtype))
     layer = baselines.peft_layer(o.weight, o.bias, a, b, SCALE, case.dropout, magnitude=m)
-    return _bound(case, o, o.x, a, b, m, forward=lambda: layer(o.x))
+
+    def forward() -> Tensor:
+        return layer(o.x)
+
+    return Bound(forward, (o.x, a, b, m), _held(o), o.dy, None if case.dropout else forward)

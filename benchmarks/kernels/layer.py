@@ -48,8 +48,8 @@ def draw(case: Case, device: torch.device) -> LayerOperands:
     return LayerOperands(x, randn(*x.shape), positions, weights)
 
 
-def candidates(case: Case) -> list[Candidate]:
-    """The frozen layer first."""
+def candidates(case: Case, device: torch.device, compiled: bool = False) -> list[Candidate]:
+    """The frozen layer first; none is compiled."""
 
     def adapted(name: str, adapt: Callable[[nn.Module], Any], target: float | None = None) -> Candidate:
         return Candidate(name, lambda o: _bound(case, o, adapt), None, target)
