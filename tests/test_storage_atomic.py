@@ -80,7 +80,7 @@ def test_a_killed_save(tmp_path):
     random.seed(0)
     began = time.perf_counter()
     peftkit.save(first, tmp_path / "other")
-    once = time.perf_counter() - began
+    window = 3 * (time.perf_counter() - began)
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
         assert child.stdin is not None and child.stdout is not None
         try:
@@ -90,10 +90,12 @@ def test_a_killed_save(tmp_path):
                 child.stdin.write(b"\n")
                 child.stdin.flush()
                 child.stdout.readline()
-                time.sleep(random.uniform(0, 3 * once))
+                time.sleep(random.uniform(0, window))
                 os.kill(_only_child(child.pid), signal.SIGKILL)
                 _wait_until_gone(child.pid)
                 seen[loads_as(target, first, second)] += 1
+                if min(seen) == 0:  # a machine whose forked children save more slowly than this process did
+                    window = min(window * 1.2, 5)
                 assert (target / "tokenizer.json").read_text() == "{}"
                 assert (target / "checkpoint" / "state.txt").read_text() == "state"
         finally:
