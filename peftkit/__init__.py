@@ -17,6 +17,7 @@ from peftkit.api import (
     unmerge,
     using,
 )
+from peftkit.distillation import TeacherLogits, context_distillation, teacher_logits
 from peftkit.method import Adapter, Config, NotMergeable
 from peftkit.methods.bitfit import BitFitConfig
 from peftkit.methods.dora import DoRAConfig
@@ -61,10 +62,12 @@ __all__ = [
     "SeriesAdapterConfig",
     "StorageError",
     "TargetError",
+    "TeacherLogits",
     "VeRAConfig",
     "activate",
     "active",
     "adapters",
+    "context_distillation",
     "describe",
     "disabled",
     "eject",
@@ -76,6 +79,7 @@ __all__ = [
     "parameters",
     "reset",
     "save",
+    "teacher_logits",
     "unmerge",
     "using",
 ]
