@@ -33,12 +33,13 @@ class Turns:
     def __init__(self, model: nn.Module, optimizer: Any, who: str, *, check_ranks: bool):
         self.who, self.check_ranks = who, check_ranks
         self.optimizer = plain_optimizer(optimizer)
-        self._model = unwrapped(model)
-        found = trainable_places(self._model)
+        model_itself = unwrapped(model)
+        found = ledger.find(model_itself)
+        self._record = None if found is None else found[1]
         self.trained: dict[str, nn.Parameter] = {}
         self.places: dict[str, list[Place]] = {}
         names: dict[int, str] = {}
-        for name, (holder, key) in found.items():
+        for name, (holder, key) in trainable_places(model_itself, self._record).items():
             p = holder._parameters[key]
             assert p is not None
             first = names.setdefault(id(p), name)
@@ -46,7 +47,7 @@ class Turns:
             self.places.setdefault(first, []).append((holder, key))
         if not self.trained:
             raise ValueError(
-                f"no base parameter of this {type(self._model).__name__} is trainable, so {who} has nothing to switch; it "
+                f"no base parameter of this {type(model_itself).__name__} is trainable, so {who} has nothing to switch; it "
                 "turns on only what was on before: model.requires_grad_(True), then inject, then this"
             )
         self._check_merged()
@@ -125,18 +126,16 @@ class Turns:
         self._on = None
 
     def _check_merged(self) -> None:
-        found = ledger.find(self._model)
-        if found is not None and found[1].merged:
-            merged = ", ".join(map(repr, found[1].merged))
+        if self._record is not None and self._record.merged:
+            merged = ", ".join(map(repr, self._record.merged))
             raise RuntimeError(
                 f"{merged} is merged, and unmerge would take the base back to what it was; unmerge(model) before training it"
             )
 
 
-def trainable_places(model: nn.Module) -> dict[str, Place]:
+def trainable_places(model: nn.Module, record: ledger.Ledger | None) -> dict[str, Place]:
     """Where the base parameters that are trainable, or were before `inject` froze them, are held, by name."""
-    found = ledger.find(model)
-    frozen = {(id(module), key) for module, key in found[1].frozen} if found is not None else set()
+    frozen = {(id(module), key) for module, key in record.frozen} if record is not None else set()
     places: dict[str, Place] = {}
     for site in walk(model):
         if site.part is None:
