@@ -31,20 +31,29 @@ from peftkit.methods.prompt import PromptTuningConfig
 from peftkit.methods.series import SeriesAdapterConfig
 from peftkit.methods.vera import VeRAConfig
 from peftkit.report import Report
+from peftkit.schedules.half import HalfFineTuning
+from peftkit.schedules.layerwise import layerwise_lr
+from peftkit.schedules.lisa import LISA
+from peftkit.schedules.unfreezing import GradualUnfreezing
+from peftkit.schedules.weight_norms import MeanWeightNorms
 from peftkit.storage import StorageError
 from peftkit.targets import TargetError
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "LISA",
     "Adapter",
     "BitFitConfig",
     "Config",
     "DoRAConfig",
+    "GradualUnfreezing",
+    "HalfFineTuning",
     "IA3Config",
     "LoHaConfig",
     "LoKrConfig",
     "LoRAConfig",
+    "MeanWeightNorms",
     "NotMergeable",
     "ParallelAdapterConfig",
     "PrefixTuningConfig",
@@ -61,6 +70,7 @@ __all__ = [
     "disabled",
     "eject",
     "inject",
+    "layerwise_lr",
     "load",
     "merge",
     "param_groups",

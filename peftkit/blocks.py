@@ -206,11 +206,11 @@ def _resolved(kind: str, name: str, module: nn.Module) -> SubLayer:
     if (
         last is None
     ):  # packed experts; or XLNet's attention, which ends in a norm, and where its output is cannot be told
-        ends_in_norm = bool(parts) and _is_norm(parts[-1][0])
+        ends_in_norm = bool(parts) and is_norm(parts[-1][0])
         return SubLayer(kind, name, None if ends_in_norm else module, None)
     final, holder = parts[last]
     # a Sequential adds no residual, whatever it ends in
-    if not any(_is_norm(m) and not isinstance(at, nn.Sequential) for m, at in parts[last + 1 :]):
+    if not any(is_norm(m) and not isinstance(at, nn.Sequential) for m, at in parts[last + 1 :]):
         adds = any(_RESIDUAL.fullmatch(p.name) for p in arguments(module))
         return SubLayer(kind, name, module, final, adds=adds)
     for key, inner in children(module):  # MPNet's attention, whose `attn` is all but residual and norm
@@ -254,7 +254,8 @@ def _parts(module: nn.Module, above: tuple[int, ...] = ()) -> Iterator[tuple[nn.
             yield from _parts(child, (*above, id(module)))
 
 
-def _is_norm(module: nn.Module) -> bool:
+def is_norm(module: nn.Module) -> bool:
+    """Whether it is a normalisation layer, by its class's name."""
     return "Norm" in original_class(module).__name__ and not children(module)
 
 
@@ -263,7 +264,7 @@ def _own_sizes(module: nn.Module) -> Sizes | None:
         return module.embed_dim, module.embed_dim
     if isinstance(module, nn.Embedding):
         return module.embedding_dim, module.embedding_dim
-    if _is_norm(module):
+    if is_norm(module):
         weight = module._parameters.get("weight")
         size = weight.shape[-1] if weight is not None else (getattr(module, "normalized_shape", None) or (None,))[-1]
         return (size, size) if size else None

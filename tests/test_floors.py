@@ -26,6 +26,7 @@ FLOORS = {
     "peftkit.bottleneck_config": 1,
     "peftkit.running_order": 1,
     "peftkit.leading": 1,
+    "peftkit.stacks": 1,
     "peftkit.row_blocks": 1,
     "peftkit.pairs": 1,
     "peftkit.kept_norms": 1,

@@ -1,0 +1,1 @@
+"""Who trains when: schedules that turn base parameters on and off while a model trains. They inject nothing."""

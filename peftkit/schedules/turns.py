@@ -1,0 +1,155 @@
+"""The switch itself: which base parameters train now. What rests has no gradient and no optimizer state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import nn
+
+from peftkit import ledger
+from peftkit.schedules import ranks
+from peftkit.schedules.optimizers import check_held, check_wrapped, is_quantised, plain_optimizer
+from peftkit.sites import walk
+from peftkit.stacks import Block, plain_name, unwrapped
+
+Place = tuple[nn.Module, str]
+
+
+class Turns:
+    """The base parameters of a model that were trainable, which of them are on, and the optimizer that holds them.
+
+    What was frozen before stays frozen; what `inject` froze counts as trainable. Adapters are left alone.
+
+    Attributes:
+        trained: these parameters by name, each once.
+        places: the modules that hold each, and under which key; several where it is tied.
+
+    Raises:
+        ValueError: nothing is trainable, the optimizer lacks some of it, a wrapper is in the way, an adapter is merged.
+        TypeError: an optimizer that keeps no state by parameter.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Any, who: str, *, check_ranks: bool):
+        self.who, self.check_ranks = who, check_ranks
+        self.optimizer = plain_optimizer(optimizer)
+        self._model = unwrapped(model)
+        found = trainable_places(self._model)
+        self.trained: dict[str, nn.Parameter] = {}
+        self.places: dict[str, list[Place]] = {}
+        names: dict[int, str] = {}
+        for name, (holder, key) in found.items():
+            p = holder._parameters[key]
+            assert p is not None
+            first = names.setdefault(id(p), name)
+            self.trained[first] = p
+            self.places.setdefault(first, []).append((holder, key))
+        if not self.trained:
+            raise ValueError(
+                f"no base parameter of this {type(self._model).__name__} is trainable, so {who} has nothing to switch; it "
+                "turns on only what was on before: model.requires_grad_(True), then inject, then this"
+            )
+        self._check_merged()
+        check_wrapped(model, self.trained, who)
+        check_held(self.optimizer, self.trained, who)
+        self._before = {name: p.requires_grad for name, p in self.trained.items()}
+        self._on: frozenset[str] | None = None
+
+    def blocks_of(self, blocks: Sequence[Block]) -> dict[str, set[int | None]]:
+        """The numbers of the blocks that each parameter lies in; None for outside of them.
+
+        Raises:
+            ValueError: a block in which nothing can be trained, or whose weights are quantised.
+        """
+        inside = {id(m): i for i, block in enumerate(blocks) for m in block.module.modules()}
+        found = {name: {inside.get(id(m)) for m, _ in self.places[name]} for name in self.trained}
+        reached = set().union(*found.values())
+        for i, block in enumerate(blocks):
+            if (weight := _quantised(block.module)) is not None:
+                raise ValueError(
+                    f"{self.who} trains blocks whole, and {block.name}.{weight} is quantised, which has no gradient; train "
+                    "an adapter there"
+                )
+            if i not in reached:
+                raise ValueError(
+                    f"no parameter of {block.name!r} is trainable; {self.who} turns on only what was on before: turn it on, "
+                    "or leave the block out of blocks="
+                )
+        return found
+
+    def only(self, on: Iterable[str], *, compare: bool) -> None:
+        """These train from now on. Of the others the gradients go at once, the optimizer's state with `sweep`.
+
+        Args:
+            compare: whether what trained until now is to be equal on all ranks.
+        """
+        if compare and self._on is not None and self.check_ranks:
+            ranks.check_equal({name: self.trained[name] for name in sorted(self._on)}, self.who)
+        self._on = frozenset(on)
+        for name, p in self.trained.items():
+            wanted = name in self._on
+            if p.requires_grad != wanted:
+                p.requires_grad_(wanted)
+            if not wanted:
+                p.grad = None
+
+    def sweep(self) -> None:
+        """Drop the optimizer's state of all that rests."""
+        for name, p in self.trained.items():
+            if self._on is not None and name not in self._on:
+                self.optimizer.state.pop(p, None)
+
+    def check(self) -> None:
+        """Whether the model still is as the last switch left it.
+
+        Raises:
+            RuntimeError: somebody turned a parameter on or off, or put another in its place; an adapter is merged.
+        """
+        self._check_merged()
+        for name, p in self.trained.items():
+            if any(holder._parameters.get(key) is not p for holder, key in self.places[name]):
+                raise RuntimeError(
+                    f"{name!r} is another parameter than when this {self.who} was made, so neither it nor the optimizer "
+                    "would train it; load weights with load_state_dict, and shard or convert the model before"
+                )
+            if self._on is not None and p.requires_grad != (name in self._on):
+                raise RuntimeError(
+                    f"{name!r} was turned {'on' if p.requires_grad else 'off'} by something else since {self.who} switched; "
+                    "inject, eject and requires_grad_ come before it is made, or after close()"
+                )
+
+    def close(self) -> None:
+        """Every flag as it was found."""
+        for name, p in self.trained.items():
+            p.requires_grad_(self._before[name])
+        self._on = None
+
+    def _check_merged(self) -> None:
+        found = ledger.find(self._model)
+        if found is not None and found[1].merged:
+            merged = ", ".join(map(repr, found[1].merged))
+            raise RuntimeError(
+                f"{merged} is merged, and unmerge would take the base back to what it was; unmerge(model) before training it"
+            )
+
+
+def trainable_places(model: nn.Module) -> dict[str, Place]:
+    """Where the base parameters that are trainable, or were before `inject` froze them, are held, by name."""
+    found = ledger.find(model)
+    frozen = {(id(module), key) for module, key in found[1].frozen} if found is not None else set()
+    places: dict[str, Place] = {}
+    for site in walk(model):
+        if site.part is None:
+            for key, p in site.module._parameters.items():
+                if p is not None and (p.requires_grad or (id(site.module), key) in frozen):
+                    places[plain_name(f"{site.name}.{key}" if site.name else key)] = (site.module, key)
+    return places
+
+
+def _quantised(module: nn.Module) -> str | None:
+    """The name of a base weight in it that is stored quantised."""
+    for site in walk(module):
+        for key, p in site.module._parameters.items():
+            if p is not None and is_quantised(p):
+                return f"{site.name}.{key}" if site.name else key
+    return None

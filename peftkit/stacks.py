@@ -1,0 +1,163 @@
+"""Stacks: the blocks that a model repeats, such as a transformer's layers, and how deep its other modules lie.
+
+A stack is a `ModuleList`, or a `Sequential` of modules of one class, in which every member holds several matrices; of
+stacks within stacks the outermost counts. A model may have more than one (encoder and decoder, image and text).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from peftkit.blocks import everything_in, linear_sizes
+from peftkit.bodies import embedding_of
+from peftkit.holder import original_class
+from peftkit.running_order import children
+from peftkit.sites import Site, walk
+from peftkit.targets import Pattern, Patterns, TargetError, heads, nearest
+
+Blocks = Pattern | Sequence[Pattern] | Sequence[nn.Module] | nn.Module
+_COMPILED = "_orig_mod"  # where `torch.compile(module)` keeps the module
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Block:
+    """One block: its name, the same whether or not it or the model is compiled or wrapped, and the module."""
+
+    name: str
+    module: nn.Module
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """What `torch.compile`, DataParallel or DistributedDataParallel was given."""
+    while True:
+        inner = model._modules.get(_COMPILED)
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            inner = model.module
+        if inner is None:
+            return model
+        model = inner
+
+
+def plain_name(name: str) -> str:
+    """A dotted name without what `torch.compile` puts into it."""
+    return ".".join(part for part in name.split(".") if part != _COMPILED)
+
+
+def find(model: nn.Module, given: Blocks | None = None) -> list[Block]:
+    """The blocks of `model` in order, each once.
+
+    Args:
+        given: patterns as in a config's `targets` (`"model.layers.*"`), or the modules themselves, one `ModuleList` too;
+            None finds the stacks.
+
+    Raises:
+        TargetError: no stack is found, a pattern matches nothing, a module is not the model's, one block lies in another.
+    """
+    model = unwrapped(model)
+    sites = [site for site in walk(model) if site.part is None and site.name]
+    if given is None:
+        wanted = {id(m) for m in _stacked(model)}
+        if not wanted:
+            raise TargetError(
+                f"no repeated blocks were found in this {type(model).__name__}; name them, for instance "
+                f"blocks='layers.*'{nearest('layers.*', (s.name for s in sites))}"
+            )
+    else:
+        wanted = _named(sites, given)
+    found = [Block(plain_name(site.name), site.module) for site in sites if id(site.module) in wanted]
+    _check_apart(found)
+    return found
+
+
+def depths(model: nn.Module, blocks: Sequence[Block]) -> dict[int, int]:
+    """How deep each module lies, adapters included, by id: 0 below the blocks, 1 to L in them, L + 1 above.
+
+    What is registered before the first block is below, what comes after the last one above; what stands between two
+    stacks belongs to the block before it. The model's own input embedding and output heads are where they are called.
+    """
+    model = unwrapped(model)
+    own = {id(inner): i + 1 for i, block in enumerate(blocks) for inner in block.module.modules()}
+    of_heads = heads(model)
+    embedding = embedding_of(model)
+    found: dict[int, int] = {}
+    passed = 0
+    for site in walk(model):
+        at = id(site.module)
+        passed = own.get(at, passed)
+        depth = own.get(at, passed if passed < len(blocks) else passed + 1)
+        if at in of_heads and at not in own:
+            depth = len(blocks) + 1
+        elif site.module is embedding:
+            depth = 0
+        found.setdefault(at, depth)
+    for site in walk(model):  # adapters lie where their hosts do
+        for child in site.module._modules.values():
+            for inner in child.modules() if child is not None and id(child) not in found else ():
+                found.setdefault(id(inner), found[id(site.module)])
+    return found
+
+
+def _stacked(model: nn.Module) -> Iterable[nn.Module]:
+    if isinstance(model, nn.ModuleList | nn.Sequential) and (members := _members(model)):
+        yield from members
+        return
+    for _, child in children(model):
+        yield from _stacked(child)
+
+
+def _members(stack: nn.Module) -> list[nn.Module]:
+    """What a stack repeats; nothing where it is none."""
+    members = [m for _, m in children(stack)]
+    if isinstance(stack, nn.Sequential) and (len(members) < 2 or len({_class(m) for m in members}) > 1):
+        return []
+    return members if members and all(_matrices(m) > 1 for m in members) else []
+
+
+def _class(module: nn.Module) -> type[nn.Module]:
+    return original_class(module._modules.get(_COMPILED) or module)
+
+
+def _matrices(module: nn.Module) -> int:
+    count = 0
+    for _, inner in everything_in(module):
+        if linear_sizes(inner) is not None:  # whatever its weight looks like: packed ones are flat
+            count += 1
+        elif not isinstance(inner, nn.Embedding):
+            held = (p for p in inner._parameters.values() if p is not None)
+            count += sum(not nn.parameter.is_lazy(p) and p.dim() > 1 for p in held)
+    return count
+
+
+def _named(sites: Sequence[Site], given: Blocks) -> set[int]:
+    written = (given,) if isinstance(given, str) or not isinstance(given, Iterable) else tuple(given)
+    known = {id(s.module) for s in sites}
+    modules = [m for m in written if isinstance(m, nn.Module)]
+    for module in modules:
+        if id(module) not in known:
+            raise TargetError(f"blocks: a {type(module).__name__} that was given is no module of the model")
+    written_patterns = [p for p in written if not isinstance(p, nn.Module)]
+    patterns, hit = Patterns(written_patterns), set()
+    wanted = {id(m) for m in modules}
+    for site in sites:
+        for name in site.names:
+            for pattern in patterns.matching(plain_name(name)):
+                hit.add(pattern)
+                wanted.add(id(site.module))
+    for pattern in written_patterns:
+        if pattern not in hit:
+            names = (s.name for s in sites)
+            raise TargetError(f"blocks: {pattern!r} matches no module{nearest(pattern, names)}")
+    if not wanted:
+        raise TargetError("blocks: nothing was given; leave it out to have them found")
+    return wanted
+
+
+def _check_apart(blocks: Sequence[Block]) -> None:
+    own = {id(block.module): block.name for block in blocks}
+    for block in blocks:
+        for inner in block.module.modules():
+            if inner is not block.module and id(inner) in own:
+                raise TargetError(f"blocks: {own[id(inner)]!r} lies in {block.name!r}; name one of them")
