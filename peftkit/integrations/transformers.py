@@ -9,6 +9,7 @@ transformers means subclasses to override; nothing else is.
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,19 +19,23 @@ from torch import nn
 
 from peftkit import api, ledger
 from peftkit.integrations.base_weights import base_state, check_base_frozen
+from peftkit.schedules.schedule import Schedule, SteppedSchedule
 from peftkit.storage import StorageError, layout
 
 try:
-    from transformers import PreTrainedModel, Trainer
+    from transformers import PreTrainedModel, Trainer, TrainerCallback
 except ImportError as error:
     raise ImportError(
         "peftkit.integrations.transformers needs transformers and accelerate: pip install 'peftkit[transformers]'"
     ) from error
 
-__all__ = ["AdapterCheckpoints", "AdapterTrainer", "save_pretrained"]
+__all__ = ["AdapterCheckpoints", "AdapterTrainer", "ScheduleCallback", "save_pretrained"]
 
 _DEFAULT = "default"  # lies in the directory itself, as in peft; others in one of their name inside
 _TRAINING_ARGS = "training_args.bin"
+_SCHEDULE = "peftkit_schedule"  # in `trainer_state.json`
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     _Base = Trainer
@@ -104,8 +109,8 @@ def _restore_all(model: nn.Module, folder: str) -> None:
     attached, stored = set(api.adapters(model)), _stored(Path(folder))
     if attached != stored:
         raise StorageError(
-            f"{folder} holds {_names(stored)}, and {_names(attached)} attached; attach what was trained, under the same "
-            "names, before resuming"
+            f"{folder} holds {_names(stored)}; attached: {_names(attached)}. Attach what was trained, under the same names, "
+            "before resuming"
         )
     for name in sorted(attached):
         api.restore(model, _place(folder, name), name=name)
@@ -121,9 +126,55 @@ def _stored(folder: Path) -> set[str]:
 
 
 def _names(names: set[str]) -> str:
-    if not names:
-        return "no adapter"
-    return f"the adapter{'s' if len(names) > 1 else ''} {', '.join(map(repr, sorted(names)))}"
+    return ", ".join(map(repr, sorted(names))) or "no adapter"
+
+
+# -- schedules ------------------------------------------------------------------------------------------------------------
+
+
+class ScheduleCallback(TrainerCallback):
+    """A schedule over a run of the Trainer: made when training begins, stepped after each optimizer step, closed at the end.
+
+    Its state is in every checkpoint, and a resumed run goes on exactly. Without adapters, and so without
+    `AdapterCheckpoints`: what a schedule trains is the base.
+
+    Args:
+        schedule: its class, such as `LISA`.
+        settings: what it takes beside the model and the optimizer.
+
+    Attributes:
+        schedule: the schedule of the run, from its beginning on.
+    """
+
+    schedule: Schedule | None
+
+    def __init__(self, schedule: type[Schedule], **settings: Any):
+        self._make, self._settings = schedule, settings
+        self.schedule = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.schedule = self._make(kwargs["model"], kwargs["optimizer"], **self._settings)
+        kept = state.stateful_callbacks.get(_SCHEDULE)
+        if kept is not None:
+            self.schedule.load_state_dict(kept)
+        elif state.global_step:
+            logger.warning(
+                f"The run goes on from step {state.global_step} of a checkpoint without a schedule: "
+                f"{self._make.__name__} begins anew."
+            )
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if isinstance(self.schedule, SteppedSchedule):
+            self.schedule.step()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # not as an ExportableState, which is made anew from JSON on request, and a class is none
+        assert self.schedule is not None
+        state.stateful_callbacks[_SCHEDULE] = self.schedule.state_dict()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.schedule is not None:
+            self.schedule.close()
 
 
 # -- directories for from_pretrained ------------------------------------------------------------------------------------
@@ -182,7 +233,8 @@ def _save_merged(model: PreTrainedModel, path: str | os.PathLike[str], beside: l
     _, record = ledger.require(model)
     if record.merged:
         raise ValueError(
-            f"{', '.join(map(repr, record.merged))} is merged and {', '.join(map(repr, beside))} is not; unmerge(model) first"
+            f"{', '.join(map(repr, record.merged))} is merged and {', '.join(map(repr, beside))} is not; "
+            "unmerge(model) first"
         )
     api.merge(model)
     try:
