@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from peftkit.also_train import TokenRows
+from peftkit.also_train import TokenRows, WholeModule
 from peftkit.ledger import Attachment
 from peftkit.method import Adapter
+from peftkit.sites import Site
 from peftkit.storage.config import to_json
 from peftkit.storage.errors import StorageError
+from peftkit.storage.fingerprint import differing, fingerprint
 from peftkit.storage.reader import Stored
 
 _CHOOSE = ("targets", "exclude", "layers", "also_train")  # what they choose is compared, not how it was said
@@ -39,13 +42,47 @@ def take_over(stored: Stored, fresh: Attachment, attachment: Attachment) -> None
             own.copy_(value)
 
 
+def identity(attachment: Attachment) -> dict[str, Any]:
+    """What an adapter is but for its values, in plain values: to be kept where the values are kept by others."""
+    return {
+        "config": to_json(attachment.config, list(attachment.adapters)),
+        "base": fingerprint(_on_weights(attachment)),
+    }
+
+
+def check_identity(kept: Mapping[str, Any], attachment: Attachment) -> None:
+    """Compare what was kept with what is attached.
+
+    Raises:
+        StorageError: it has other settings, or the base is another one.
+    """
+    _compare("the checkpoint", kept["config"], attachment)
+    wrong = differing(kept["base"], _on_weights(attachment))
+    if wrong:
+        raise StorageError(
+            f"the checkpoint is of another base: the weight of {wrong[0]!r} differs; load the base it was trained on"
+        )
+
+
+def _on_weights(attachment: Attachment) -> dict[str, Site]:
+    return {
+        name: site
+        for name, site in attachment.sites.items()
+        if not (isinstance(adapter := attachment.adapters[name], WholeModule | TokenRows) or adapter.beside)
+    }
+
+
 def _check_settings(stored: Stored, fresh: Attachment, attachment: Attachment) -> None:
-    there, here = (to_json(a.config, list(a.adapters)) for a in (fresh, attachment))
+    _compare(f"{stored.path}: the stored adapter", to_json(fresh.config, list(fresh.adapters)), attachment)
+
+
+def _compare(whose: str, there: Mapping[str, Any], attachment: Attachment) -> None:
+    here = to_json(attachment.config, list(attachment.adapters))
     for key in ("method", *sorted(there.keys() | here.keys())):
         if key not in _CHOOSE and there.get(key) != here.get(key):
             raise StorageError(
-                f"{stored.path}: the stored adapter has {key}={there.get(key)!r}, the attached {attachment.name!r} has "
-                f"{key}={here.get(key)!r}; {_INSTEAD}"
+                f"{whose} has {key}={there.get(key)!r}, the attached {attachment.name!r} has {key}={here.get(key)!r}; "
+                f"{_INSTEAD}"
             )
 
 
