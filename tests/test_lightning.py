@@ -39,24 +39,41 @@ class Task(lightning.LightningModule):
 
     def configure_optimizers(self):
         optimizer = torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
-        return [optimizer], [torch.optim.lr_scheduler.LinearLR(optimizer)]
+        scheduler = torch.optim.lr_scheduler.LinearLR(optimizer)
+        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
 
-def loader(count=8, seed=0):
-    return torch.utils.data.DataLoader(Sentences(count, seed), batch_size=2)
+class Loader:
+    """Batches that a resumed fit goes on with where it was; torch's own DataLoader would begin anew."""
+
+    def __init__(self, count: int = 48, seed: int = 0):
+        self.data, self.at = Sentences(count, seed), 0
+
+    def __len__(self):
+        return len(self.data) // 2
+
+    def __iter__(self):
+        while self.at < len(self):
+            self.at += 1
+            yield torch.utils.data.default_collate([self.data[2 * self.at - 2], self.data[2 * self.at - 1]])
+        self.at = 0
+
+    def state_dict(self):
+        return {"at": self.at}
+
+    def load_state_dict(self, state):
+        self.at = state["at"]
 
 
 def fitted(task, folder, callbacks=None, resume=None, steps=6, **kwargs):
-    """Two steps an epoch, and a checkpoint after each: within an epoch Lightning does not go on where it was."""
-    keep = ModelCheckpoint(folder, "{step}", save_top_k=-1, save_on_train_epoch_end=True)
+    keep = ModelCheckpoint(folder, "{step}", every_n_train_steps=2, save_top_k=-1)
     trainer = lightning.Trainer(
         max_steps=steps, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
-        callbacks=[keep, *([AdapterCheckpoints()] if callbacks is None else callbacks)],
-        **({"limit_val_batches": 0, "accumulate_grad_batches": 2} | kwargs),
+        callbacks=[*([AdapterCheckpoints()] if callbacks is None else callbacks), keep],
+        **({"limit_val_batches": 0} | kwargs),
     )  # fmt: skip
     torch.manual_seed(11)
-    count = 4 * trainer.accumulate_grad_batches
-    trainer.fit(task.train(), loader(count), loader(4, 1), ckpt_path=resume, weights_only=False)
+    trainer.fit(task.train(), Loader(), Loader(4, 1), ckpt_path=resume, weights_only=False)
     return trainer
 
 
@@ -112,7 +129,7 @@ def test_the_best_model_is_tested(tmp_path):
         task, tmp_path, [best, AdapterCheckpoints()], val_check_interval=2, limit_val_batches=2, num_sanity_val_steps=0
     )
     kept = torch.load(best.best_model_path, weights_only=False)["state_dict"]
-    trainer.test(task, loader(4, 1), ckpt_path="best", weights_only=False, verbose=False)
+    trainer.test(task, Loader(4, 1), ckpt_path="best", weights_only=False, verbose=False)
     assert all(torch.equal(t, task.state_dict()[k]) for k, t in kept.items())
 
 
@@ -138,7 +155,7 @@ def test_reading_is_strict(tmp_path):
             max_steps=4, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
             callbacks=[AdapterCheckpoints()], enable_checkpointing=False,
         )  # fmt: skip
-        trainer.fit(task, loader(), ckpt_path=file, weights_only=False)
+        trainer.fit(task, Loader(), ckpt_path=file, weights_only=False)
 
     one = next(k for k in torch.load(path, weights_only=False)["state_dict"] if k.endswith("lora_A"))
     with pytest.raises(RuntimeError, match="Missing key.*lora_A"):
@@ -160,7 +177,7 @@ def test_reading_is_strict(tmp_path):
 
 def test_weights_only_is_refused_and_the_hook_goes(tmp_path):
     task = Task(adapted())
-    keep = ModelCheckpoint(tmp_path, save_weights_only=True)
+    keep = ModelCheckpoint(tmp_path, "other", save_weights_only=True, every_n_epochs=1)
     with pytest.raises(ValueError, match="save_weights_only"):
         fitted(task, tmp_path, [AdapterCheckpoints(), keep])
     fitted(task, tmp_path)

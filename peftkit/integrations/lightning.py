@@ -153,7 +153,9 @@ class ScheduleCallback(Callback):
             self.schedule.load_state_dict(self._kept)
         self._steps = trainer.global_step
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if trainer.global_step == self._steps:
             return  # gradients are being accumulated
         self._steps = trainer.global_step
