@@ -11,18 +11,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+try:
+    from trl.trainer.dpo_trainer import DPOTrainer
+    from trl.trainer.sft_trainer import SFTTrainer
+except ImportError as error:
+    raise ImportError("peftkit.integrations.trl needs trl: pip install 'peftkit[trl]'") from error
+
 from torch import nn
 
 from peftkit import api, ledger
 from peftkit.holder import graft_of
 from peftkit.integrations.base_weights import base_state
 from peftkit.integrations.transformers import AdapterCheckpoints
-
-try:
-    from trl.trainer.dpo_trainer import DPOTrainer
-    from trl.trainer.sft_trainer import SFTTrainer
-except ImportError as error:
-    raise ImportError("peftkit.integrations.trl needs trl: pip install 'peftkit[trl]'") from error
 
 if TYPE_CHECKING:
     from transformers import Trainer
