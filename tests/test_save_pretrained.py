@@ -140,3 +140,12 @@ def test_a_method_that_peft_does_not_know_says_what_to_call():
     model = drawn(dataclasses.replace(BitFitConfig()))
     with pytest.raises(ValueError, match=r"merged=True .* peftkit.save"):
         save_pretrained(model, "nowhere")
+
+
+@pytest.mark.parametrize("config", [pytest.param(c, id=n) for n, c in METHODS if c.method not in {*ATTACHED, "dora"}])
+def test_from_pretrained_refuses_what_it_cannot_attach(config, tmp_path):
+    llama().save_pretrained(tmp_path)
+    model = drawn(config)
+    peftkit.save(model, tmp_path)
+    with pytest.raises((ValueError, KeyError, TypeError)):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
