@@ -18,6 +18,7 @@ from peftkit.api import (
     unmerge,
     using,
 )
+from peftkit.distillation import TeacherLogits, context_distillation, teacher_logits
 from peftkit.method import Adapter, Config, NotMergeable
 from peftkit.methods.bitfit import BitFitConfig
 from peftkit.methods.dora import DoRAConfig
@@ -62,10 +63,12 @@ __all__ = [
     "SeriesAdapterConfig",
     "StorageError",
     "TargetError",
+    "TeacherLogits",
     "VeRAConfig",
     "activate",
     "active",
     "adapters",
+    "context_distillation",
     "describe",
     "disabled",
     "eject",
@@ -78,6 +81,7 @@ __all__ = [
     "reset",
     "restore",
     "save",
+    "teacher_logits",
     "unmerge",
     "using",
 ]

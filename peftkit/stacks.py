@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from torch import nn
 
 from peftkit.blocks import everything_in, linear_sizes
-from peftkit.bodies import embedding_of
 from peftkit.holder import original_class
 from peftkit.running_order import children
 from peftkit.sites import Site, walk
@@ -76,22 +75,19 @@ def depths(model: nn.Module, blocks: Sequence[Block]) -> dict[int, int]:
     """How deep each module lies, adapters included, by id: 0 below the blocks, 1 to L in them, L + 1 above.
 
     What is registered before the first block is below, what comes after the last one above; what stands between two
-    stacks belongs to the block before it. The model's own input embedding and output heads are where they are called.
+    stacks belongs to the block before it. Embeddings are below and output heads above, wherever they are registered.
     """
     model = unwrapped(model)
     own = {id(inner): i + 1 for i, block in enumerate(blocks) for inner in block.module.modules()}
     of_heads = heads(model)
-    embedding = embedding_of(model)
     found: dict[int, int] = {}
     passed = 0
     for site in walk(model):
         at = id(site.module)
         passed = own.get(at, passed)
         depth = own.get(at, passed if passed < len(blocks) else passed + 1)
-        if at in of_heads and at not in own:
-            depth = len(blocks) + 1
-        elif site.module is embedding:
-            depth = 0
+        if at not in own and (at in of_heads or isinstance(site.module, nn.Embedding)):
+            depth = len(blocks) + 1 if at in of_heads else 0
         found.setdefault(at, depth)
     for site in walk(model):  # adapters lie where their hosts do
         for child in site.module._modules.values():

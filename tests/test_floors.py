@@ -48,6 +48,7 @@ FLOORS = {
     "peftkit.report": 3,
     "peftkit.cost": 3,
     "peftkit.api": 4,
+    "peftkit.distillation": 4,
     "peftkit.cli": 5,
     "peftkit.integrations": 5,
 }

@@ -34,7 +34,29 @@ def plain_optimizer(optimizer: Any) -> torch.optim.Optimizer:
             "ZeroRedundancyOptimizer keeps its state on the rank that owns a parameter, where a switch does not reach it; "
             "shard with torch.distributed.fsdp.fully_shard"
         )
+    for group in optimizer.param_groups:
+        if _is_fused_momentum(optimizer, group) and group["dampening"]:
+            raise TypeError(
+                "torch's fused SGD cannot begin with one parameter later than others where there is dampening"
+            )
     return optimizer
+
+
+def fill_in(optimizer: torch.optim.Optimizer) -> None:
+    """Give parameters that have just come on what torch's fused SGD expects of all where it has any: a buffer of momentum.
+
+    Zeros are what it would begin with.
+    """
+    for group in optimizer.param_groups:
+        if _is_fused_momentum(optimizer, group):
+            trained = [p for p in group["params"] if p.grad is not None]
+            lacking = [p for p in trained if optimizer.state[p].get("momentum_buffer") is None]
+            for p in lacking if len(lacking) < len(trained) else ():
+                optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+
+
+def _is_fused_momentum(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> bool:
+    return isinstance(optimizer, torch.optim.SGD) and bool(group["fused"] and group["momentum"])
 
 
 def check_wrapped(model: nn.Module, trained: Mapping[str, nn.Parameter], who: str) -> None:

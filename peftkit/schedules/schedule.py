@@ -13,6 +13,7 @@ from torch import nn
 
 from peftkit import stacks
 from peftkit.schedules import ranks
+from peftkit.schedules.optimizers import fill_in
 from peftkit.schedules.turns import Turns
 
 
@@ -141,6 +142,7 @@ class Schedule(ABC):
     def _before_step(self) -> None:
         self._turns.check()
         self._turns.sweep()
+        fill_in(self._turns.optimizer)
 
     def _rng(self, switch: int) -> np.random.Generator:
         return np.random.default_rng([self._settings["seed"], switch])

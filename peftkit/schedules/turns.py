@@ -73,7 +73,7 @@ class Turns:
             if i not in reached:
                 raise ValueError(
                     f"no parameter of {block.name!r} is trainable; {self.who} turns on only what was on before: turn it on, "
-                    "or leave the block out of blocks="
+                    "close() the schedule that turned it off, or leave the block out of blocks="
                 )
         return found
 

@@ -42,7 +42,7 @@ class GradualUnfreezing(SteppedSchedule):
     @property
     def done(self) -> bool:
         """Whether all groups train."""
-        return self._chosen == [0]
+        return self._chosen == self._levels[-1:]
 
     def _check_settings(self) -> None:
         check_count("interval", self._settings["interval"], 1)

@@ -1,0 +1,309 @@
+"""Half fine-tuning, gradual unfreezing, rates by depth, and the norms that LISA was derived from."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+import transformers as hf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from schedule_models import backward, bits, changed, llama, of_block, train
+from test_stacks import MODELS
+
+import peftkit
+from peftkit import (
+    LISA,
+    GradualUnfreezing,
+    HalfFineTuning,
+    LoRAConfig,
+    MeanWeightNorms,
+    NotMergeable,
+    SeriesAdapterConfig,
+    layerwise_lr,
+)
+
+
+def adam(model: torch.nn.Module) -> torch.optim.AdamW:
+    return torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+
+
+def on(schedule: object, suffix: str) -> list[str]:
+    return [name for name in schedule.trained if suffix in name]  # type: ignore[attr-defined]
+
+
+# -- half fine-tuning ---------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 2**32), layers=st.integers(1, 6), rounds=st.integers(1, 3))
+def test_half_of_every_category(seed, layers, rounds):
+    """2404.18466: 2 of Q, K, V and O in each block; 2 of up, gate and down in half of the blocks, 1 in the others."""
+    model = llama(layers)
+    half = HalfFineTuning(model, adam(model), seed)
+    for _ in range(rounds):
+        feed_forward = []
+        for i in range(layers):
+            assert len(on(half, f"layers.{i}.self_attn.")) == 2
+            feed_forward.append(len(on(half, f"layers.{i}.mlp.")))
+        assert set(feed_forward) <= {1, 2} and feed_forward.count(2) in {layers // 2, (layers + 1) // 2}
+        assert len(on(half, "norm")) in {layers, layers + 1}  # of 2 a block and the last one
+        assert len(on(half, "embed_tokens")) == len(on(half, "lm_head")) == 1
+        assert set(half.trained) | set(half.frozen) == {n for n, _ in model.named_parameters()}
+        assert not set(half.trained) & set(half.frozen)
+        half.new_round()
+
+
+def test_every_matrix_has_its_turn():
+    model = llama(4)
+    half = HalfFineTuning(model, adam(model))
+    counts = dict.fromkeys(bits(model), 0)
+    for _ in range(400):
+        for name in half.trained:
+            counts[name] += 1
+        half.new_round()
+    for name, count in counts.items():
+        expected = 400 if "embed" in name or "lm_head" in name else 200
+        assert abs(count - expected) < 4 * 10 + (name.startswith("model.norm") * 10), name  # 4 standard deviations
+
+
+@pytest.mark.parametrize(
+    ("kind", "categories"),
+    [
+        ("bert", {"attention": 4, "feed-forward": 2}),
+        ("gpt2", {"attn": 2, "feed-forward": 2}),
+        ("t5", {"layer.0.SelfAttention": 4, "layer.1.EncDecAttention": 4, "feed-forward": 2}),
+        ("mixtral", {"self_attn": 4, "feed-forward": 3}),
+        ("torch", {"self_attn": 2, "multihead_attn": 2, "feed-forward": 2}),
+    ],
+)
+def test_categories_of_other_models(kind, categories):
+    """Biases go with their weights; fused matrices, stacked experts and cross-attention count as what they are."""
+    model = MODELS[kind][0]()
+    half = HalfFineTuning(model, adam(model))
+    trained, frozen = set(half.trained), set(half.frozen)
+    for name in trained:
+        if name.endswith(".bias") and name.removesuffix("bias") + "weight" in trained | frozen:
+            assert name.removesuffix("bias") + "weight" in trained
+    block = half.blocks[-1]
+    for category, size in categories.items():
+        if category == "feed-forward":
+            continue
+        names = {n for n in trained | frozen if n.startswith(f"{block.name}.{category}.") and not n.endswith("bias")}
+        names = {n for n in names if "norm" not in n.lower() and "relative" not in n}
+        assert len(names) == size and len(names & trained) == size // 2, category
+
+
+def test_relative_positions_are_no_fifth_matrix():
+    model = MODELS["t5"][0]()
+    half = HalfFineTuning(model, adam(model))
+    for _ in range(10):
+        matrices = [n for n in half.trained if "encoder.block.0.layer.0.SelfAttention" in n and "relative" not in n]
+        assert len(matrices) == 2
+        half.new_round()
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_the_frozen_half_keeps_its_bits_and_has_no_state(warm):
+    model = llama(4)
+    optimizer = adam(model)
+    if warm:
+        train(model, optimizer, range(2))
+    half = HalfFineTuning(model, optimizer, seed=3)
+    for stage in range(3):
+        before, expected = bits(model), set(half.trained)
+        for step in range(3):
+            backward(model, 3 * stage + step)
+            optimizer.step()
+            assert {n for n, p in model.named_parameters() if p in optimizer.state} == expected
+            optimizer.zero_grad()
+        assert changed(before, model) == expected
+        half.new_round()
+        assert set(half.trained) != expected
+        assert {n for n, p in model.named_parameters() if p in optimizer.state} == expected & set(half.trained)
+
+
+def test_a_round_goes_on_where_it_stopped():
+    whole, first = llama(4), llama(4)
+    kept = None
+    for model in (whole, first):
+        optimizer = adam(model)
+        half = HalfFineTuning(model, optimizer, seed=3)
+        for step in range(6 if model is whole else 4):
+            if step == 3:
+                half.new_round()
+            train(model, optimizer, [step])
+        kept = copy.deepcopy((model.state_dict(), optimizer.state_dict(), json.loads(json.dumps(half.state_dict()))))
+    assert kept is not None
+    again = llama(4)
+    again.load_state_dict(kept[0])
+    optimizer = adam(again)
+    optimizer.load_state_dict(kept[1])
+    half = HalfFineTuning(again, optimizer, seed=3)
+    half.load_state_dict(kept[2])
+    train(again, optimizer, range(4, 6))
+    assert changed(bits(whole), again) == set()
+
+
+# -- gradual unfreezing -------------------------------------------------------------------------------------------------
+
+
+def test_one_group_more_from_the_top_down():
+    model = llama(3)
+    optimizer = adam(model)
+    gradual = GradualUnfreezing(model, optimizer, interval=2)
+    expected = [{None}, {None, 2}, {None, 2, 1}, {None, 2, 1, 0}]
+    for stage in range(6):
+        blocks = expected[min(stage, 3)]
+        names = {n for n, _ in model.named_parameters() if of_block(n) in blocks}
+        names -= {"model.embed_tokens.weight"} if stage < 4 else set()
+        before = bits(model)
+        assert gradual.done == (stage >= 4)
+        for step in range(2):
+            backward(model, step)
+            optimizer.step()
+            assert {n for n, p in model.named_parameters() if p in optimizer.state} == names
+            gradual.step()
+            optimizer.zero_grad()
+        assert changed(before, model) == names
+    assert gradual.state_dict()["steps"] == 12
+
+
+def test_a_tied_embedding_trains_from_the_start():
+    model = llama(2, tie_word_embeddings=True)
+    gradual = GradualUnfreezing(model, adam(model))
+    assert gradual.trained == ["model.embed_tokens.weight", "model.norm.weight"]
+    gradual.step(), gradual.step()
+    assert gradual.done
+
+
+def test_gradual_unfreezing_goes_on_where_it_stopped():
+    model = llama(3)
+    gradual = GradualUnfreezing(model, adam(model), interval=3)
+    for _ in range(4):
+        gradual.step()
+    other = GradualUnfreezing(fresh := llama(3), adam(fresh), interval=3)
+    other.load_state_dict(gradual.state_dict())
+    for _ in range(8):
+        assert other.trained == gradual.trained
+        other.step(), gradual.step()
+
+
+def test_without_a_head_there_is_nowhere_to_begin():
+    model = llama(2)
+    model.lm_head.requires_grad_(False)
+    model.model.norm.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"nothing above 'model.layers.1' is trainable"):
+        GradualUnfreezing(model, adam(model))
+    with pytest.raises(ValueError, match="interval is a whole number"):
+        GradualUnfreezing(llama(2), adam(model), interval=0)
+
+
+# -- rates by depth -----------------------------------------------------------------------------------------------------
+
+
+def rates(model: torch.nn.Module, groups: list[dict]) -> dict[str, float]:
+    names = {id(p): n for n, p in model.named_parameters()}
+    assert len({id(p) for g in groups for p in g["params"]}) == sum(len(g["params"]) for g in groups)
+    return {names[id(p)]: g["lr"] for g in groups for p in g["params"]}
+
+
+def test_ulmfit_s_rates():
+    """η^(l−1) = η^l / 2.6, from the head down."""
+    model = llama(3)
+    found = rates(model, layerwise_lr(model, 1e-2, decay=1 / 2.6, weight_decay=0.1))
+    assert found.keys() == dict(model.named_parameters()).keys()
+    for name, rate in found.items():
+        depth = {"model.embed_tokens.weight": 0, "model.norm.weight": 4, "lm_head.weight": 4}.get(name)
+        depth = of_block(name) + 1 if depth is None else depth  # type: ignore[operator]
+        assert rate == pytest.approx(1e-2 / 2.6 ** (4 - depth)), name
+
+
+def test_adaptive_fine_tuning_of_2405_13181():
+    """OPT-125M: 12 blocks, η_l = η · 0.95^(12 − l), and what lies below block 10 is frozen."""
+    config = hf.OPTConfig(
+        hidden_size=16, num_hidden_layers=12, num_attention_heads=4, ffn_dim=24, vocab_size=30, word_embed_proj_dim=16,
+        num_labels=2,
+    )  # fmt: skip
+    model = hf.OPTForSequenceClassification(config)
+    found = rates(model, layerwise_lr(model, 1e-5, decay=0.95, frozen=10))
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == found.keys()
+    for name, rate in found.items():
+        l = int(name.split(".")[3]) if ".layers." in name else 12  # noqa: E741
+        assert l >= 10 and rate == pytest.approx(1e-5 * 0.95 ** (12 - l)), name
+    assert {int(n.split(".")[3]) for n in found if ".layers." in n} == {10, 11} and "score.weight" in found
+
+
+def test_adapters_learn_at_the_rate_of_their_block():
+    model = llama(3)
+    peftkit.inject(model, LoRAConfig(r=2))
+    found = rates(model, layerwise_lr(model, 1.0, decay=0.5))
+    assert {id(p) for p in peftkit.parameters(model)} == {id(p) for n, p in model.named_parameters() if n in found}
+    for name, rate in found.items():
+        assert rate == 0.5 ** (3 - of_block(name))  # type: ignore[operator]
+    optimizer = torch.optim.AdamW(layerwise_lr(model, 1e-2))
+    before = bits(model)
+    train(model, optimizer, range(2))
+    assert changed(before, model) == found.keys()
+
+
+def test_bad_rates():
+    model = llama(3)
+    for arguments, message in [
+        ({"lr": 0.0}, "lr is positive"),
+        ({"lr": float("nan")}, "lr is positive"),
+        ({"lr": 1.0, "decay": 2.6}, r"decay is in \(0, 1\], not 2.6; ULMFiT's factor of 2.6 is decay=1 / 2.6"),
+        ({"lr": 1.0, "decay": 0.0}, "decay is in"),
+        ({"lr": 1.0, "frozen": 4}, "frozen=4, and the model has 3 blocks"),
+        ({"lr": 1.0, "frozen": -1}, "frozen is a whole number"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            layerwise_lr(model, **arguments)
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="no parameter .* is trainable"):
+        layerwise_lr(model, 1.0)
+
+
+# -- norms --------------------------------------------------------------------------------------------------------------
+
+
+def test_mean_norms_are_those_of_what_the_forward_uses():
+    """1/T Σ_t ‖θ_t‖ of each block, in fp64, adapters merged for the reference."""
+    model = llama(3).double()
+    peftkit.inject(model, LoRAConfig(r=2, targets="all-linear"))
+    optimizer = torch.optim.AdamW(peftkit.parameters(model), lr=1e-1)
+    norms = MeanWeightNorms(model)
+    expected = torch.zeros(3, dtype=torch.float64)
+    for step in range(4):
+        train(model, optimizer, [step])
+        norms.update()
+        peftkit.merge(model)
+        for i, layer in enumerate(model.model.layers):
+            own = [p for n, p in layer.named_parameters() if ".peftkit." not in n]
+            expected[i] += torch.cat([p.flatten() for p in own]).norm() / 4
+        merged = MeanWeightNorms(model)
+        merged.update()
+        peftkit.unmerge(model)
+        again = MeanWeightNorms(model)
+        again.update()
+        assert again.mean() == pytest.approx(merged.mean(), rel=1e-12)
+    assert norms.mean() == pytest.approx(expected.tolist(), rel=1e-12)
+    full = MeanWeightNorms(llama(3))
+    full.update()
+    weights = norms.ratio(full)
+    assert weights == pytest.approx([a / b for a, b in zip(norms.mean(), full.mean(), strict=True)])
+    fresh = llama(3)
+    assert LISA(fresh, adam(fresh), weights=weights).state_dict()["settings"]["weights"] == weights
+
+
+def test_norms_that_cannot_be_measured():
+    model = llama(2)
+    with pytest.raises(ValueError, match=r"no weights were counted; call update\(\)"):
+        MeanWeightNorms(model).mean()
+    with pytest.raises(ValueError, match="2 blocks cannot be compared with 3"):
+        MeanWeightNorms(model).ratio(MeanWeightNorms(llama(3)))
+    peftkit.inject(model, SeriesAdapterConfig(bottleneck=2))
+    with pytest.raises(NotMergeable, match="has no weight to measure"):
+        MeanWeightNorms(model).update()
