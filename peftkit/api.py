@@ -5,18 +5,18 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
 from peftkit import also_train, ledger, merging, storage
+from peftkit.building import build
 from peftkit.hosts import EmbeddingHost
-from peftkit.ledger import Attachment, Ledger
-from peftkit.method import Adapter, Config, chosen
+from peftkit.ledger import Ledger
+from peftkit.method import Config, chosen
 from peftkit.report import Report, report
-from peftkit.sites import Site
-from peftkit.targets import TargetError
+from peftkit.sites import walk
 
 
 def inject(model: nn.Module, config: Config, *, name: str = "default") -> Report:
@@ -36,60 +36,9 @@ def inject(model: nn.Module, config: Config, *, name: str = "default") -> Report
         raise TypeError(f"config: one of peftkit's configs, such as LoRAConfig(r=8), not {config!r}")
     sites = chosen(config, model, everything)
     also = also_train.wanted(config.also_train, everything)
-    attachment = _build(name, config, sites, also, everything, trainable=True, new=True)
+    attachment = build(name, config, sites, also, everything, trainable=True, new=True)
     record.attach(model, everything, attachment)
     return report(model, record, [name], everything)
-
-
-def _build(
-    name: str,
-    config: Config,
-    sites: Sequence[Site],
-    also: dict[Site, Sequence[int] | None],
-    everything: Sequence[Site],
-    *,
-    trainable: bool,
-    new: bool,
-) -> Attachment:
-    """Adapters for all sites, hung nowhere yet."""
-    _check_apart(sites, also)
-    ledger.check_graftable([*sites, *also])
-    plan = config.prepare(sites)
-    for site in sites if new else ():
-        config.check(site, plan)
-    adapters: dict[str, Adapter] = {}
-    where: dict[str, Site] = {}
-    for site in sites:
-        adapters[site.name] = config.build(site, plan)
-        where[site.name] = site
-    for site, adapter in also_train.build(also, everything).items():
-        if site.name in adapters:
-            raise TargetError(
-                f"{site.name!r} is a target and shares its weight with an embedding whose rows also_train names; "
-                f"exclude={site.name!r}"
-            )
-        adapters[site.name], where[site.name] = adapter, site
-    for site, adapter in config.beside(everything, {s.name: adapters[s.name] for s in sites}).items():
-        if site.name in adapters:
-            raise TargetError(
-                f"{site.name!r} is trained by also_train, and {config.method} hangs on it too; leave it out"
-            )
-        ledger.check_graftable([site])
-        adapters[site.name], where[site.name] = adapter, site
-    for adapter in adapters.values():
-        if new:
-            adapter.reset_parameters()
-    return Attachment(name, config, adapters, where, trainable)
-
-
-def _check_apart(sites: Sequence[Site], also: dict[Site, Sequence[int] | None]) -> None:
-    inside = {id(m): s.name for s in also for m in s.module.modules()}
-    for site in sites:
-        if id(site.module) in inside:
-            raise TargetError(
-                f"{site.name!r} is a target and lies in {inside[id(site.module)]!r} of also_train, which is trained whole; "
-                f"exclude={site.name!r}, or leave it out of also_train"
-            )
 
 
 def eject(model: nn.Module, *names: str) -> None:
@@ -329,9 +278,36 @@ def load(
     stored = storage.read(path, name=name)
     sites, also = storage.match(stored, everything, check_base=check_base)
     try:
-        attachment = _build(name, stored.config, sites, also, everything, trainable=trainable, new=False)
+        attachment = build(name, stored.config, sites, also, everything, trainable=trainable, new=False)
     except ValueError as error:
         raise storage.StorageError(f"{stored.path}: {error}") from error
     storage.fill(stored, attachment)
     record.attach(model, everything, attachment)
     return report(model, record, [name], everything)
+
+
+def restore(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default", check_base: bool = True) -> None:
+    """Read a stored adapter into the attached one of that name, in place: an optimizer keeps its parameters.
+
+    It must be the same adapter: of the same method, settings and modules. To read another one, `eject` and `load`.
+
+    Args:
+        check_base: as in `load`.
+
+    Raises:
+        KeyError: no such adapter is attached. ValueError: it is merged.
+        StorageError: as in `load`, or the stored adapter differs in more than values; the model is as it was.
+    """
+    root, record = ledger.require(model)
+    (attachment,) = record.named([name])
+    if name in record.merged:
+        raise ValueError(f"{name!r} is merged, and the weights hold its values; unmerge(model) before restoring")
+    stored = storage.read(path, name=name)
+    everything = walk(root)
+    sites, also = storage.match(stored, everything, check_base=check_base)
+    try:
+        fresh = build(name, stored.config, sites, also, everything, trainable=False, new=False)
+    except ValueError as error:
+        raise storage.StorageError(f"{stored.path}: {error}") from error
+    storage.fill(stored, fresh)
+    storage.take_over(stored, fresh, attachment)

@@ -42,6 +42,7 @@ FLOORS = {
     "peftkit.methods": 2,
     "peftkit.schedules": 2,
     "peftkit.ledger": 2,
+    "peftkit.building": 3,
     "peftkit.storage": 3,
     "peftkit.merging": 3,
     "peftkit.report": 3,

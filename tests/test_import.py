@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 PROBE = """
 import json, sys, torch, torch.nn.functional as F
 before = {(m, k): id(v) for m in ("torch.nn", "torch.nn.functional", "torch") for k, v in vars(sys.modules[m]).items()}
@@ -37,6 +39,9 @@ def test_importing_changes_nothing_and_loads_no_model_library():
         "triton",
         "huggingface_hub",
         "einops",
+        "trl",
+        "lightning",
+        "pytorch_lightning",
     }
     assert not heavy & set(found["new"])
 
@@ -54,3 +59,24 @@ def test_everything_named_is_there():
 
     assert all(hasattr(peftkit, name) for name in peftkit.__all__)
     assert all(getattr(peftkit, name).__doc__ for name in peftkit.__all__)
+
+
+@pytest.mark.parametrize(
+    ("module", "packages"),
+    [
+        ("transformers", ["transformers"]),
+        ("trl", ["trl"]),
+        ("lightning", ["lightning", "lightning.pytorch", "pytorch_lightning"]),
+    ],
+)
+def test_an_integration_without_its_package_says_what_to_install(module, packages):
+    code = f"import sys; sys.modules.update(dict.fromkeys({packages})); import peftkit.integrations.{module}"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    last = out.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError: ") and f"pip install 'peftkit[{module}]'" in last
+
+
+def test_importing_peftkit_imports_no_integration():
+    code = "import peftkit, sys; print([m for m in sys.modules if m.startswith('peftkit.integrations')])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"

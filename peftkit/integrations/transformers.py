@@ -1,0 +1,243 @@
+"""transformers: a Trainer whose checkpoints hold adapters, schedules as a callback, and directories for `from_pretrained`.
+
+Checkpoints are a mixin and not a callback, because no event can do it. `Trainer` writes the model in `_save`, before
+`on_save`, so a callback could only delete the base that was just written. It reads the model in `_load_from_checkpoint`
+before the first event of a run, and in `_load_best_model` without one; both look for a whole model unless it is a
+`PeftModel`, fail where there is none, and would read adapters without being strict. These three methods are what
+transformers means subclasses to override; nothing else is.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from peftkit import api, ledger
+from peftkit.integrations.base_weights import base_state, check_base_frozen
+from peftkit.schedules.schedule import Schedule, SteppedSchedule
+from peftkit.storage import StorageError, layout
+
+try:
+    from transformers import PreTrainedModel, Trainer, TrainerCallback
+except ImportError as error:
+    raise ImportError(
+        "peftkit.integrations.transformers needs transformers and accelerate: pip install 'peftkit[transformers]'"
+    ) from error
+
+__all__ = ["AdapterCheckpoints", "AdapterTrainer", "ScheduleCallback", "save_pretrained"]
+
+_DEFAULT = "default"  # lies in the directory itself, as in peft; others in one of their name inside
+_TRAINING_ARGS = "training_args.bin"
+_SCHEDULE = "peftkit_schedule"  # in `trainer_state.json`
+
+logger = logging.getLogger(__name__)
+
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
+
+
+class AdapterCheckpoints(_Base):
+    """Put before a Trainer class: its checkpoints hold the adapters, as `peftkit.save` writes them, and not the base.
+
+    All attached adapters are written, whether they act or not: `"default"` into the checkpoint itself, another into a
+    directory of its name. Resuming, and `load_best_model_at_end`, read them into the attached ones, as `peftkit.restore`
+    does. Attach the same adapters before resuming. `save_model` writes the same.
+
+    Raises:
+        ValueError: FSDP or DeepSpeed, which write checkpoints of their own; no adapter is attached; the base is trained.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(
+                f"{type(self).__name__} cannot write checkpoints of adapters under "
+                f"{'FSDP' if self.is_fsdp_enabled else 'DeepSpeed'}, which writes sharded ones of its own; use the plain "
+                "Trainer there, and peftkit.save after training"
+            )
+        check_base_frozen(self._adapted())
+
+    def _adapted(self) -> nn.Module:
+        return self.model  # type: ignore[return-value]
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if not self.args.should_save:
+            return
+        folder = str(self.args.output_dir if output_dir is None else output_dir)
+        model = self._adapted()
+        check_base_frozen(model)
+        _save_all(model, folder)
+        # as in `Trainer._save`, what else a directory of a model holds
+        processing: Any = self.processing_class
+        if processing is None:
+            processing = getattr(self.data_collator, "tokenizer", None)
+        if processing is not None:
+            processing.save_pretrained(folder)
+        torch.save(self.args, os.path.join(folder, _TRAINING_ARGS))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        _restore_all(self._adapted() if model is None else model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        assert best is not None  # else the Trainer does not ask
+        _restore_all(self._adapted(), best)
+
+
+class AdapterTrainer(AdapterCheckpoints, Trainer):
+    """`transformers.Trainer` with `AdapterCheckpoints`."""
+
+
+def _save_all(model: nn.Module, folder: str) -> None:
+    for name in api.adapters(model):
+        api.save(model, _place(folder, name), name=name)
+
+
+def _restore_all(model: nn.Module, folder: str) -> None:
+    """Read every attached adapter; what is in the directory and what is attached must have the same names.
+
+    Raises:
+        StorageError: they have not, or as `peftkit.restore`.
+    """
+    attached, stored = set(api.adapters(model)), _stored(Path(folder))
+    if attached != stored:
+        raise StorageError(
+            f"{folder} holds {_names(stored)}; attached: {_names(attached)}. Attach what was trained, under the same names, "
+            "before resuming"
+        )
+    for name in sorted(attached):
+        api.restore(model, _place(folder, name), name=name)
+
+
+def _place(folder: str, name: str) -> str:
+    return folder if name == _DEFAULT else os.path.join(folder, name)
+
+
+def _stored(folder: Path) -> set[str]:
+    found = {_DEFAULT} if (folder / layout.CONFIG).exists() else set()
+    return found | {file.parent.name for file in folder.glob(f"*/{layout.CONFIG}")}
+
+
+def _names(names: set[str]) -> str:
+    return ", ".join(map(repr, sorted(names))) or "no adapter"
+
+
+# -- schedules ------------------------------------------------------------------------------------------------------------
+
+
+class ScheduleCallback(TrainerCallback):
+    """A schedule over a run of the Trainer: made when training begins, stepped after each optimizer step, closed at the end.
+
+    Its state is in every checkpoint, and a resumed run goes on exactly. Without adapters, and so without
+    `AdapterCheckpoints`: what a schedule trains is the base.
+
+    Args:
+        schedule: its class, such as `LISA`.
+        settings: what it takes beside the model and the optimizer.
+
+    Attributes:
+        schedule: the schedule of the run, from its beginning on.
+    """
+
+    schedule: Schedule | None
+
+    def __init__(self, schedule: type[Schedule], **settings: Any):
+        self._make, self._settings = schedule, settings
+        self.schedule = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.schedule = self._make(kwargs["model"], kwargs["optimizer"], **self._settings)
+        kept = state.stateful_callbacks.get(_SCHEDULE)
+        if kept is not None:
+            self.schedule.load_state_dict(kept)
+        elif state.global_step:
+            logger.warning(
+                f"The run goes on from step {state.global_step} of a checkpoint without a schedule: "
+                f"{self._make.__name__} begins anew."
+            )
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if isinstance(self.schedule, SteppedSchedule):
+            self.schedule.step()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # not as an ExportableState, which is made anew from JSON on request, and a class is none
+        assert self.schedule is not None
+        state.stateful_callbacks[_SCHEDULE] = self.schedule.state_dict()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.schedule is not None:
+            self.schedule.close()
+
+
+# -- directories for from_pretrained ------------------------------------------------------------------------------------
+
+# What transformers 5.23 attaches as the same function; it refuses prompts and VeRA, and loses the magnitudes of DoRA.
+_ATTACHES = ("lora", "ia3", "loha", "lokr")
+
+
+def save_pretrained(
+    model: PreTrainedModel, path: str | os.PathLike[str], *, merged: bool = False, **kwargs: Any
+) -> None:
+    """Write a directory that `from_pretrained` makes the same function of.
+
+    Args:
+        merged: whole weights that hold the active adapters, which whoever loads them need not know of; the model itself
+            stays as it is. Else the base and beside it the one active adapter, which transformers attaches through peft.
+        kwargs: for `model.save_pretrained`.
+
+    Raises:
+        NotMergeable: with `merged`, for an adapter that no weight can hold.
+        ValueError: without, not exactly one adapter is active, it is merged, or transformers would not attach it as the
+            same function; with, the directory holds an adapter, which would be added to the weights that hold it already.
+    """
+    _, record = ledger.require(model)
+    acting = api.active(model)
+    if merged:
+        _save_merged(model, path, [name for name in acting if name not in record.merged], **kwargs)
+        return
+    if record.merged:
+        raise ValueError(
+            f"{', '.join(map(repr, record.merged))} is merged, so the base is not there to write; unmerge(model) first, or "
+            "pass merged=True"
+        )
+    if len(acting) != 1:
+        raise ValueError(
+            f"{len(acting)} adapters are active, and from_pretrained attaches one; activate one, or pass merged=True"
+        )
+    (attachment,) = record.named(acting)
+    if attachment.config.method not in _ATTACHES:
+        raise ValueError(
+            f"{acting[0]!r} is a {type(attachment.config).__name__}, which from_pretrained does not attach as the same "
+            "function; pass merged=True if it can be merged, or write it by peftkit.save and read it by peftkit.load"
+        )
+    model.save_pretrained(path, state_dict=base_state(model), **kwargs)
+    api.save(model, path, name=acting[0])
+
+
+def _save_merged(model: PreTrainedModel, path: str | os.PathLike[str], beside: list[str], **kwargs: Any) -> None:
+    if (Path(path) / layout.CONFIG).exists():
+        raise ValueError(
+            f"{path} holds an adapter, which from_pretrained would add to the merged weights; give another directory"
+        )
+    if not beside:
+        model.save_pretrained(path, state_dict=base_state(model), **kwargs)
+        return
+    _, record = ledger.require(model)
+    if record.merged:
+        raise ValueError(
+            f"{', '.join(map(repr, record.merged))} is merged and {', '.join(map(repr, beside))} is not; "
+            "unmerge(model) first"
+        )
+    api.merge(model)
+    try:
+        model.save_pretrained(path, state_dict=base_state(model), **kwargs)
+    finally:
+        api.unmerge(model)

@@ -1,0 +1,133 @@
+"""TRL: a reference model that is the policy with its adapters switched off, and trainers that keep adapters alone.
+
+TRL knows a `PeftModel` and switches that off; of any other model it loads a second copy as the reference. `Reference` is
+given in its place and holds no weights. TRL's trainers also compute log-probabilities from `lm_head.weight`, without
+calling the head, so an adapter there would neither act nor learn; the trainers here refuse it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+try:
+    from trl.trainer.dpo_trainer import DPOTrainer
+    from trl.trainer.sft_trainer import SFTTrainer
+except ImportError as error:
+    raise ImportError("peftkit.integrations.trl needs trl: pip install 'peftkit[trl]'") from error
+
+from torch import nn
+
+from peftkit import api, ledger
+from peftkit.holder import graft_of
+from peftkit.integrations.base_weights import base_state
+from peftkit.integrations.transformers import AdapterCheckpoints
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+    _Base = Trainer
+else:
+    _Base = object
+
+__all__ = ["AdapterDPOTrainer", "AdapterSFTTrainer", "Reference"]
+
+
+class Reference(nn.Module):
+    """What a trainer takes for a reference model: the policy itself, in eval mode and with its adapters switched off.
+
+    It has no parameters of its own, so a device, a dtype or a mode that it is given changes nothing.
+
+    Args:
+        model: the policy, with adapters attached.
+        names: adapters that act in the reference too, such as one trained before that the new one is stacked on.
+
+    Raises:
+        ValueError: nothing is attached. KeyError: no such adapter.
+    """
+
+    _policy: Any
+    _names: tuple[str, ...]
+
+    def __init__(self, model: nn.Module, *names: str):
+        super().__init__()
+        _, record = ledger.require(model)
+        record.named(names)
+        vars(self).update(_policy=model, _names=names)  # past nn.Module, which would count its parameters
+
+    @property
+    def config(self) -> Any:
+        return self._policy.config
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # not `forward`: trainers replace that by one that reads the head's weight, which the policy has had already
+        with api.using(self._policy, *self._names), _evaluating(self._policy):
+            return self._policy(*args, **kwargs)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The base's, by which TRL tells cached log-probabilities of different references apart."""
+        if self._names:
+            return self._policy.state_dict(*args, **kwargs)
+        return base_state(self._policy)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """No dropout within, whatever mode each module is in."""
+    training = [m for m in model.modules() if m.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+class _Adapters(AdapterCheckpoints, _Base):
+    def __init__(self, model: Any, *args: Any, **kwargs: Any):
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"model: one with adapters attached, not {model!r}; load it with from_pretrained and peftkit.inject first"
+            )
+        if kwargs.get("peft_config") is not None:
+            raise ValueError(
+                "peft_config would wrap the model for peft; peftkit's adapters are attached by peftkit.inject"
+            )
+        _check_head(model)
+        super().__init__(model, *args, **kwargs)
+
+
+class AdapterSFTTrainer(_Adapters, SFTTrainer):
+    """`trl.SFTTrainer` on a model with adapters: only they are trained and kept in checkpoints.
+
+    Raises:
+        ValueError: an adapter on the output head, which TRL would pass by; as `AdapterCheckpoints`.
+    """
+
+
+class AdapterDPOTrainer(_Adapters, DPOTrainer):
+    """`trl.DPOTrainer` likewise; the reference is the model without adapters, or the `ref_model` that it is given.
+
+    Raises:
+        As `AdapterSFTTrainer`.
+    """
+
+    def __init__(self, model: Any, ref_model: Any = None, *args: Any, **kwargs: Any):
+        if ref_model is None and isinstance(model, nn.Module):
+            ref_model = Reference(model)
+        super().__init__(model, ref_model, *args, **kwargs)
+
+
+def _check_head(model: nn.Module) -> None:
+    ledger.require(model)
+    get = getattr(model, "get_output_embeddings", None)
+    head = None if get is None else get()
+    made = None if head is None else graft_of(head)
+    if made is not None and made._modules:
+        raise ValueError(
+            f"the output head carries {', '.join(map(repr, made._modules))}, and TRL reads lm_head.weight without calling "
+            "the head, so it would neither act nor learn; leave the head out of targets and also_train, and where it "
+            "is tied the embedding's rows too, or use transformers' Trainer"
+        )
