@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
+_SAVING = "save it by peftkit.save(model, path); model.save_pretrained writes the base too, which from_pretrained reads alone"
+
+
 class Row(NamedTuple):
     """One adapter on one site. `parameters` counts its own; `trained` those with `requires_grad`; sizes are bytes."""
 
@@ -43,12 +46,14 @@ class Report:
         trained: parameters with `requires_grad` in the whole model.
         total: parameters of the base.
         path: how the low-rank product is computed here, and why.
+        saving: what a `save_pretrained` of the model's own would not do; empty where it has none.
     """
 
     rows: Sequence[Row]
     trained: int
     total: int
     path: str
+    saving: str = ""
 
     @property
     def parameters(self) -> int:
@@ -87,11 +92,11 @@ class Report:
         return table
 
     def summary(self) -> str:
-        """What is trained and how large it is; and in a line of its own, which way the products take and why."""
+        """What is trained and how large it is; then a line each on how products are computed and on how to save."""
         share = 100 * self.trained / max(1, self.total + self.parameters)
         return (
             f"{self.trained:,} parameters are trained ({share:.3g} % of {self.total + self.parameters:,}); "
-            f"adapters: {_size(self.bytes)}\ncomputed by {self.path}"
+            f"adapters: {_size(self.bytes)}\ncomputed by {self.path}" + (f"\n{self.saving}" if self.saving else "")
         )
 
     def _grouped(self) -> list[tuple[str, Row, int, int]]:
@@ -162,6 +167,7 @@ def report(
         trained=sum(p.numel() for p in (*base.values(), *acting) if p.requires_grad and not nn.parameter.is_lazy(p)),
         total=sum(p.numel() for p in base.values() if not nn.parameter.is_lazy(p)),
         path=choice.line(next((p.device for p in base.values() if not nn.parameter.is_lazy(p)), torch.device("cpu"))),
+        saving=_SAVING if rows and hasattr(model, "save_pretrained") else "",
     )
 
 

@@ -435,6 +435,7 @@ def test_closing_gives_the_optimizer_back():
     optimizer = ADAM(model.parameters())
     lisa = LISA(model, optimizer)
     lisa.close()
+    assert not optimizer._optimizer_step_pre_hooks
     train(model, optimizer, range(2))
     assert len(optimizer.state) == len(list(model.parameters()))
 

@@ -96,6 +96,25 @@ def test_categories_of_other_models(kind, categories):
         assert len(names) == size and len(names & trained) == size // 2, category
 
 
+def test_stacked_experts_rest_by_matrix_with_their_biases():
+    config = hf.GptOssConfig(
+        hidden_size=16, intermediate_size=8, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=4,
+        vocab_size=30, num_local_experts=3, num_experts_per_tok=2, pad_token_id=None,
+    )  # fmt: skip
+    model = hf.GptOssForCausalLM(config)
+    half = HalfFineTuning(model, adam(model))
+    seen = set()
+    for _ in range(6):
+        on_ = set(half.trained)
+        for i in range(4):
+            for matrix in ("gate_up_proj", "down_proj"):
+                name = f"model.layers.{i}.mlp.experts.{matrix}"
+                assert (name in on_) == (f"{name}_bias" in on_)
+                seen.add((matrix, name in on_))
+        half.new_round()
+    assert len(seen) == 4
+
+
 def test_relative_positions_are_no_fifth_matrix():
     model = MODELS["t5"][0]()
     half = HalfFineTuning(model, adam(model))
@@ -247,6 +266,12 @@ def test_adapters_learn_at_the_rate_of_their_block():
     before = bits(model)
     train(model, optimizer, range(2))
     assert changed(before, model) == found.keys()
+
+
+def test_a_tied_embedding_learns_as_the_embedding():
+    model = llama(3, tie_word_embeddings=True)
+    found = rates(model, layerwise_lr(model, 1.0, decay=0.5))
+    assert found["model.embed_tokens.weight"] == 0.5**4 and found["model.norm.weight"] == 1.0
 
 
 def test_bad_rates():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from models import llama
 from rich.console import Console
+from torch import nn
 
 import peftkit
 from peftkit import LoRAConfig
@@ -57,3 +58,12 @@ def test_it_fits_the_console_it_is_printed_on(width):
 def test_nothing_attached():
     report = peftkit.describe(llama())
     assert report.rows == () and report.parameters == 0 and "0 B" in report.summary()
+
+
+def test_a_model_that_saves_itself_is_told_what_that_leaves_out():
+    model = llama()
+    assert peftkit.describe(model).saving == ""
+    told = str(peftkit.inject(model, LoRAConfig(r=1)))
+    assert "save it by peftkit.save(model, path); model.save_pretrained writes the base too" in told
+    plain = nn.Sequential(nn.Linear(2, 2))
+    assert peftkit.inject(plain, LoRAConfig(r=1, targets="all-linear")).saving == ""
