@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-_SAVING = "save it by peftkit.save(model, path); model.save_pretrained writes the base too, which from_pretrained reads alone"
+_SAVING = (
+    "save it by peftkit.save(model, path): from_pretrained reads the base alone of what model.save_pretrained writes"
+)
 
 
 class Row(NamedTuple):

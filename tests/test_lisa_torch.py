@@ -61,6 +61,7 @@ def test_compiled_blocks_are_compiled_twice_and_never_again(recompiles, how, ada
         train(model, optimizer, [step], lisa)
         train(plain, other, [step], beside)
     assert len(seen) > 5 and len(made) == count
+    assert lisa.state_dict() == beside.state_dict()
     for p, q in zip(model.parameters(), plain.parameters(), strict=True):
         assert torch.allclose(p, q, atol=1e-6)
 

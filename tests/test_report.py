@@ -64,6 +64,6 @@ def test_a_model_that_saves_itself_is_told_what_that_leaves_out():
     model = llama()
     assert peftkit.describe(model).saving == ""
     told = str(peftkit.inject(model, LoRAConfig(r=1)))
-    assert "save it by peftkit.save(model, path); model.save_pretrained writes the base too" in told
+    assert "save it by peftkit.save(model, path): from_pretrained reads the base alone" in told
     plain = nn.Sequential(nn.Linear(2, 2))
     assert peftkit.inject(plain, LoRAConfig(r=1, targets="all-linear")).saving == ""
