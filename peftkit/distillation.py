@@ -165,7 +165,9 @@ def _kl(teacher: TeacherLogits, found: Tensor) -> Tensor:
 
 def _rest(log_probs: Tensor, indices: Tensor) -> Tensor:
     """The log of the probability of all tokens but these, without the cancellation of 1 − Σ p."""
-    return log_probs.scatter(-1, indices, -math.inf).logsumexp(-1)
+    others = log_probs.scatter(-1, indices, -math.inf)
+    none = (others == -math.inf).all(-1, keepdim=True)  # of a masked vocabulary: the gradient would be NaN
+    return others.masked_fill(none, 0.0).logsumexp(-1).masked_fill(none.squeeze(-1), -math.inf)
 
 
 def _response(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[tuple[Tensor, Tensor], Tensor, tuple[int, ...]]:
@@ -186,7 +188,7 @@ def _response(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[tuple[Tensor
         columns_of_logits = columns - 1
     else:
         columns_of_logits = columns
-    return (rows, columns_of_logits), labels[rows, columns], tuple(there.sum(1).tolist())
+    return (rows, columns_of_logits), labels[rows, columns].long(), tuple(there.sum(1).tolist())
 
 
 def _check_same(counts: tuple[int, ...], tokens: Tensor, teacher: TeacherLogits) -> None:
@@ -207,7 +209,12 @@ def _check_same(counts: tuple[int, ...], tokens: Tensor, teacher: TeacherLogits)
 def _logits(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     kept = dict(inputs) if _encodes_first(model) else {k: v for k, v in inputs.items() if k != "labels"}
     out = model(**kept)
-    logits = out if isinstance(out, Tensor) else out.logits
+    logits = out if isinstance(out, Tensor) else out[0] if isinstance(out, tuple) else out.logits
+    if logits.shape[:2] != inputs["labels"].shape:
+        raise ValueError(
+            f"the model gives logits of {tuple(logits.shape[:2])} tokens for labels of {tuple(inputs['labels'].shape)}; "
+            "they are to be of all tokens"
+        )
     return logits if logits.dtype == torch.float64 else logits.float()
 
 

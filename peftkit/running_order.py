@@ -33,16 +33,61 @@ def in_order(module: nn.Module) -> list[nn.Module]:
     return [m for _, m in own]
 
 
+def by_last_mention(module: nn.Module) -> list[nn.Module]:
+    """All children, in the order in which the source of `forward` speaks of them for the last time.
+
+    A stack is mentioned, not called: `for layer in self.layers`. A child that is not mentioned stays behind the one it was
+    registered after.
+    """
+    own = children(module)
+    place = {name: i for i, name in enumerate(_mentioned(original_class(module), "forward"))}  # the last one counts
+    ordered = sorted((key for key, _ in own if key in place), key=place.__getitem__)
+    before = None
+    for key, _ in own:
+        if key not in place:
+            ordered.insert(0 if before is None else ordered.index(before) + 1, key)
+        before = key
+    return [module._modules[key] for key in ordered]  # type: ignore[misc]
+
+
+def _tree(cls: type, method: str) -> ast.AST | None:
+    try:
+        return ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(getattr(cls, method)))))
+    except (OSError, TypeError, SyntaxError, AttributeError):  # compiled, typed at a prompt, or not Python
+        return None
+
+
+def _of_self(node: ast.AST | None) -> str | None:
+    """The name in `self.name`."""
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":
+        return node.attr
+    return None
+
+
+@functools.cache
+def _mentioned(cls: type, method: str, above: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """Every `self.name` in a method, in the order of the source; its own methods are followed."""
+    tree = _tree(cls, method)
+    names: list[str] = []
+    nodes = [n for n in ast.walk(tree) if _of_self(n) is not None] if tree is not None else []
+    for node in sorted(nodes, key=lambda n: (n.lineno, n.col_offset)):  # type: ignore[attr-defined]
+        name = _of_self(node)
+        assert name is not None
+        if not inspect.isfunction(getattr(cls, name, None)):
+            names.append(name)
+        elif name not in (method, *above):
+            names.extend(_mentioned(cls, name, (method, *above)))
+    return tuple(names)
+
+
 @functools.cache
 def _called(cls: type, method: str, above: tuple[str, ...] = ()) -> tuple[str, ...]:
     """Names of what a method calls on `self`, in the order the calls are evaluated; its own methods are followed.
 
     `above` are the methods that lead here: one that calls itself, or its caller, is not entered again.
     """
-    try:
-        source = textwrap.dedent(inspect.getsource(inspect.unwrap(getattr(cls, method))))
-        tree = ast.parse(source)
-    except (OSError, TypeError, SyntaxError):  # compiled, typed at a prompt, or not Python
+    tree = _tree(cls, method)
+    if tree is None:
         return ()
     names: list[str] = []
 
@@ -51,8 +96,8 @@ def _called(cls: type, method: str, above: tuple[str, ...] = ()) -> tuple[str, .
         for child in ast.iter_child_nodes(node):
             if child is not called or not isinstance(child, ast.Attribute):
                 visit(child)
-        if isinstance(called, ast.Attribute) and isinstance(called.value, ast.Name) and called.value.id == "self":
-            name = called.attr
+        name = _of_self(called)
+        if name is not None:
             if not inspect.isfunction(getattr(cls, name, None)):
                 names.append(name)
             elif name not in (method, *above):

@@ -1,7 +1,8 @@
 """Stacks: the blocks that a model repeats, such as a transformer's layers, and how deep its other modules lie.
 
 A stack is a `ModuleList`, or a `Sequential` of modules of one class, in which every member holds several matrices; of
-stacks within stacks the outermost counts. A model may have more than one (encoder and decoder, image and text).
+stacks within stacks the outermost counts, so a Swin's or a ConvNeXt's blocks are its stages. A model may have more than one
+(encoder and decoder, image and text), but what a head repeats is none.
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ from torch import nn
 
 from peftkit.blocks import everything_in, linear_sizes
 from peftkit.holder import original_class
-from peftkit.running_order import children
+from peftkit.running_order import by_last_mention, children
 from peftkit.sites import Site, walk
 from peftkit.targets import Pattern, Patterns, TargetError, heads, nearest
 
 Blocks = Pattern | Sequence[Pattern] | Sequence[nn.Module] | nn.Module
+_HEADS = frozenset(
+    {"heads", "lm_heads", "classifiers", "prediction_heads"}
+)  # lists of them; single ones `targets` knows
 _COMPILED = "_orig_mod"  # where `torch.compile(module)` keeps the module
 
 
@@ -74,25 +78,42 @@ def find(model: nn.Module, given: Blocks | None = None) -> list[Block]:
 def depths(model: nn.Module, blocks: Sequence[Block]) -> dict[int, int]:
     """How deep each module lies, adapters included, by id: 0 below the blocks, 1 to L in them, L + 1 above.
 
-    What is registered before the first block is below, what comes after the last one above; what stands between two
-    stacks belongs to the block before it. Embeddings are below and output heads above, wherever they are registered.
+    What runs before the first block is below, what runs after the last one above, as far as the source of `forward` tells,
+    and else by registration; what stands between two stacks belongs to the block before it. Embeddings are below and
+    output heads above, wherever they stand.
     """
     model = unwrapped(model)
-    own = {id(inner): i + 1 for i, block in enumerate(blocks) for inner in block.module.modules()}
+    numbers = {id(block.module): i + 1 for i, block in enumerate(blocks)}
+    holding = {id(m) for m in model.modules() if any(id(inner) in numbers for inner in m.modules())}
     of_heads = heads(model)
     found: dict[int, int] = {}
-    passed = 0
-    for site in walk(model):
-        at = id(site.module)
-        passed = own.get(at, passed)
-        depth = own.get(at, passed if passed < len(blocks) else passed + 1)
-        if at not in own and (at in of_heads or isinstance(site.module, nn.Embedding)):
-            depth = len(blocks) + 1 if at in of_heads else 0
-        found.setdefault(at, depth)
-    for site in walk(model):  # adapters lie where their hosts do
-        for child in site.module._modules.values():
-            for inner in child.modules() if child is not None and id(child) not in found else ():
-                found.setdefault(id(inner), found[id(site.module)])
+
+    def settle(module: nn.Module, depth: int) -> None:
+        for inner in module.modules():
+            found.setdefault(id(inner), depth)
+
+    def visit(module: nn.Module, passed: int) -> int:
+        """Settle the module; returns how many blocks have run once it has."""
+        at = id(module)
+        if at in numbers:
+            settle(module, numbers[at])
+            return max(passed, numbers[at])
+        above = len(blocks) + 1
+        if at in holding:
+            found.setdefault(at, passed if passed < len(blocks) else above)
+            for child in by_last_mention(module):
+                passed = visit(child, passed)
+        elif at in of_heads:
+            settle(module, above)
+        else:
+            for inner in module.modules():
+                if isinstance(inner, nn.Embedding):
+                    settle(inner, 0)
+            settle(module, passed if passed < len(blocks) else above)
+        return passed
+
+    visit(model, 0)
+    settle(model, 0)  # adapters on what holds blocks
     return found
 
 
@@ -100,8 +121,36 @@ def _stacked(model: nn.Module) -> Iterable[nn.Module]:
     if isinstance(model, nn.ModuleList | nn.Sequential) and (members := _members(model)):
         yield from members
         return
-    for _, child in children(model):
+    of_heads = heads(model)
+    stacks, others = [], []
+    for key, child in children(model):
+        if id(child) in of_heads or key in _HEADS:
+            continue
+        listed = isinstance(child, nn.ModuleList | nn.Sequential)
+        (stacks if listed and _members(child) else others).append((key, child))
+    for _, stack in _alike(model, stacks):
+        yield from _members(stack)
+    for _, child in others:
         yield from _stacked(child)
+
+
+def _alike(parent: nn.Module, stacks: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
+    """Of stacks beside each other those that are the model's: of unlike ones the longest.
+
+    Raises:
+        TargetError: unlike ones of one length, as where attentions and feed-forwards have a list each.
+    """
+    classes = {key: {_class(m) for m in _members(stack)} for key, stack in stacks}
+    if len(stacks) < 2 or all(classes[key] & classes[stacks[0][0]] for key, _ in stacks):
+        return stacks
+    longest = max(len(_members(stack)) for _, stack in stacks)
+    kept = [(key, stack) for key, stack in stacks if len(_members(stack)) == longest]
+    if len(kept) > 1:
+        raise TargetError(
+            f"{type(parent).__name__} has {' and '.join(key for key, _ in kept)} beside each other, {longest} each, so what "
+            f"is a block cannot be told; name the blocks, for instance blocks='{kept[0][0]}.*'"
+        )
+    return kept
 
 
 def _members(stack: nn.Module) -> list[nn.Module]:

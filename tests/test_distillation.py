@@ -178,6 +178,42 @@ def test_what_the_teacher_rules_out_adds_nothing():
     assert float(loss.detach()) == 0 and s.grad is not None and torch.isfinite(s.grad).all()
 
 
+@pytest.mark.parametrize("top_k", [3, 5, 8, None])
+def test_a_masked_vocabulary_has_gradients(top_k):
+    from peftkit.distillation import _kl, _rest
+
+    def masked(seed: int) -> Tensor:
+        x = torch.randn(4, 10, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        return x.masked_fill(torch.arange(10) >= 5, -math.inf)
+
+    t, s = masked(0).log_softmax(-1), masked(1).requires_grad_()
+    values, indices = t.topk(top_k or 10, -1)
+    kept = TeacherLogits(torch.zeros(4), (4,), values, _rest(t, indices), indices, 1.0)
+    loss = _kl(kept if top_k else TeacherLogits(torch.zeros(4), (4,), t, None, None, 1.0), s.log_softmax(-1))
+    loss.backward()
+    assert s.grad is not None and torch.isfinite(s.grad).all() and float(s.grad.abs().sum()) > 0
+    if top_k != 3:
+        exact = (t.exp() * (t - s.log_softmax(-1)))[:, :5].sum(-1).mean()
+        assert torch.allclose(loss, exact)
+
+
+def test_logits_of_some_tokens_only_are_refused_and_other_outputs_taken(model):
+    class Wrapped(nn.Module):
+        def __init__(self, cut: int):
+            super().__init__()
+            self.model, self.cut = model, cut
+
+        def forward(self, **inputs: Tensor) -> tuple[Tensor]:
+            return (self.model(**inputs).logits[:, self.cut :],)
+
+    loss = context_distillation(Wrapped(0), inputs(ASKED), inputs(WITH))
+    assert torch.allclose(loss, written_out(model), rtol=1e-6)
+    with pytest.raises(ValueError, match=r"logits of \(3, 7\) tokens for labels of \(3, 8\)"):
+        context_distillation(Wrapped(1), inputs(ASKED), inputs(WITH))
+    short = {k: v.int() for k, v in inputs(ASKED).items()}
+    assert torch.isfinite(context_distillation(model, short, inputs(WITH), ce_weight=0.5))
+
+
 # -- other models -------------------------------------------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import pickle
 import random
 from collections import Counter
 
@@ -281,6 +282,7 @@ def test_a_merged_adapter_is_refused():
     peftkit.merge(model)
     with pytest.raises(RuntimeError, match=r"'default' is merged.*unmerge\(model\)"):
         lisa.step()
+    lisa.close()
     with pytest.raises(RuntimeError, match="'default' is merged"):
         LISA(model, optimizer)
 
@@ -358,6 +360,12 @@ def test_bad_settings():
         ({"weights": [1, 2, 3, 4, 5, -1]}, ValueError, "not negative"),
         ({"weights": [1, 2, 3, 4, 5, float("nan")]}, ValueError, "not negative"),
         ({"weights": [1, 0, 0, 0, 0, 0]}, ValueError, "1 are above 0, and active_layers=2"),
+        ({"weights": 5}, ValueError, "weights: a number for each block, not 5"),
+        (
+            {"weights": [1, 0], "blocks": ["layers.3", "layers.1"], "active_layers": 1},
+            ValueError,
+            r"the model's order of blocks, \['model.layers.1', 'model.layers.3'\]",
+        ),
         ({"blocks": "layer.*"}, TargetError, r"'layer.\*' matches no module"),
         ({"blocks": [nn.Linear(2, 2)]}, TargetError, "no module of the model"),
         (
@@ -400,7 +408,7 @@ def test_what_cannot_train_is_refused():
         LISA(model, ADAM(model.parameters()))
     model.requires_grad_(True)
     model.model.layers[1].mlp.up_proj.weight = nn.Parameter(torch.zeros(8, 8, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(ValueError, match=r"model.layers.1.mlp.up_proj.weight is quantised"):
+    with pytest.raises(ValueError, match=r"model.layers.1.mlp.up_proj is quantised"):
         LISA(model, ADAM(model.parameters()))
 
 
@@ -438,6 +446,182 @@ def test_closing_gives_the_optimizer_back():
     assert not optimizer._optimizer_step_pre_hooks
     train(model, optimizer, range(2))
     assert len(optimizer.state) == len(list(model.parameters()))
+
+
+def test_after_closing_it_does_nothing_any_more():
+    model = llama()
+    lisa = LISA(model, ADAM(model.parameters()), interval=1)
+    state = lisa.state_dict()
+    lisa.close()
+    model.lm_head.requires_grad_(False)
+    lisa.close()
+    assert [n for n, p in model.named_parameters() if not p.requires_grad] == ["lm_head.weight"]
+    for call in (lisa.step, lambda: lisa.load_state_dict(state)):
+        with pytest.raises(RuntimeError, match="this LISA was closed"):
+            call()
+
+
+def test_a_second_schedule_waits_until_the_first_is_closed():
+    model = llama()
+    lisa = LISA(model, ADAM(model.parameters()))
+    trained = lisa.trained
+    for make in (
+        lambda: LISA(model, ADAM(model.parameters())),
+        lambda: peftkit.HalfFineTuning(model, ADAM(model.parameters())),
+        lambda: peftkit.layerwise_lr(model, 1e-3),
+    ):
+        with pytest.raises(ValueError, match=r"rests in a LISA that was not closed; close\(\) that one first"):
+            make()
+        assert lisa.trained == trained
+    lisa.close()
+    assert len(LISA(model, ADAM(model.parameters()), active_layers=6).trained) == 57
+
+
+def test_what_is_injected_under_an_open_schedule_stays_alone_after_closing_it():
+    model = llama()
+    model.lm_head.requires_grad_(False)
+    lisa = LISA(model, ADAM(model.parameters()))
+    peftkit.inject(model, LoRAConfig(r=2))
+    lisa.close()
+    assert all((".peftkit." in name) == p.requires_grad for name, p in model.named_parameters())
+    peftkit.eject(model)
+    assert [n for n, p in model.named_parameters() if not p.requires_grad] == ["lm_head.weight"]
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_a_copy_goes_on_by_itself(how):
+    model = llama()
+    optimizer = OPTIMIZERS["sgd-fused"](model.parameters())
+    lisa = LISA(model, optimizer, interval=2)
+    train(model, optimizer, range(3), lisa)
+    parts = (model, optimizer, lisa)
+    other, its, copied = copy.deepcopy(parts) if how == "deepcopy" else pickle.loads(pickle.dumps(parts))
+    train(model, optimizer, range(3, 8), lisa)
+    assert copied.state_dict()["steps"] == 3
+    train(other, its, range(3, 8), copied)
+    assert changed(bits(model), other) == set() and lisa.state_dict() == copied.state_dict()
+    other.requires_grad_(True)
+    with pytest.raises(RuntimeError, match="turned on by something else"):
+        its.step()
+
+
+# -- other loops --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["adamw", "sgd-fused"])
+def test_with_a_closure(kind):
+    found = []
+    for closed in (False, True):
+        model = llama()
+        optimizer = OPTIMIZERS[kind](model.parameters())
+        lisa = LISA(model, optimizer, interval=2)
+        for step in range(8):
+
+            def closure(step: int = step, model: nn.Module = model) -> torch.Tensor:
+                ids = batch(step)
+                loss = model(ids, labels=ids).loss
+                loss.backward()
+                return loss
+
+            if not closed:
+                closure()
+            optimizer.step(closure if closed else None)
+            lisa.step()
+            optimizer.zero_grad()
+        found.append(model)
+    assert changed(bits(found[0]), found[1]) == set()
+
+
+def test_within_accelerate_s_accumulation_only_real_steps_count():
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=3)
+    model, optimizer = accelerator.prepare(m := llama().double(), torch.optim.SGD(m.parameters(), lr=0.1))
+    lisa = LISA(model, optimizer, interval=2)
+    plain = llama().double()
+    own = torch.optim.SGD(plain.parameters(), lr=0.1)
+    beside = LISA(plain, own, interval=2)
+    for step in range(8):
+        for rows in batch(step).chunk(3):
+            with accelerator.accumulate(model):
+                accelerator.backward(model(rows, labels=rows).loss)
+                optimizer.step()
+                lisa.step()
+                optimizer.zero_grad()
+        train(plain, own, [step], beside)
+        assert lisa.active == beside.active and lisa.state_dict()["steps"] == step + 1
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(p, q, rtol=1e-9, atol=1e-11)
+
+
+def test_several_optimizers_that_hold_all_together():
+    model = llama()
+    matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and "layers" in n]
+    own = {id(p) for p in matrices}
+    muon = torch.optim.Muon(matrices, lr=1e-2)
+    adam = ADAM([p for p in model.parameters() if id(p) not in own])
+    with pytest.raises(ValueError, match=r"\[Muon\(…\), AdamW\(…\)\]"):
+        LISA(model, muon)
+    lisa = LISA(model, [muon, adam], interval=2)
+    for interval in range(5):
+        before, on = bits(model), set(lisa.trained)
+        for step in range(2):
+            backward(model, 2 * interval + step)
+            muon.step(), adam.step()
+            held = {n for n, p in model.named_parameters() if muon.state.get(p) or adam.state.get(p)}
+            assert held == on
+            lisa.step()
+            model.zero_grad()
+        assert changed(before, model) == on
+
+
+def test_numbers_of_numpy_and_weights_of_any_size():
+    model = llama()
+    lisa = LISA(model, ADAM(model.parameters()), np.int64(1), np.int32(2), np.uint8(3), weights=np.full(6, 1e308))
+    assert json.loads(json.dumps(lisa.state_dict()))["settings"]["seed"] == 3
+    lisa.step(), lisa.step()
+
+
+def test_a_state_is_a_copy_and_one_that_was_meddled_with_is_refused():
+    model = llama()
+    lisa = LISA(model, ADAM(model.parameters()), interval=2, weights=[1] * 6)
+    state = lisa.state_dict()
+    state["settings"]["interval"] = 999
+    state["settings"]["weights"][0] = 7
+    assert lisa.state_dict()["settings"] == {"active_layers": 2, "interval": 2, "seed": 0, "weights": [1.0] * 6}
+    good = lisa.state_dict()
+    for wrong in (
+        {"chosen": [99, 1]}, {"chosen": [1]}, {"chosen": [1, 1]}, {"chosen": "ab"}, {"chosen": None}, {"switches": -1},
+        {"steps": 1.5}, {"settings": None},
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="no state of a LISA|the state was saved with"):
+            lisa.load_state_dict(good | wrong)
+        assert lisa.state_dict() == good
+
+
+def test_weights_that_are_quantised_in_other_ways_are_refused():
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    model = llama()
+    quantize_(model.model.layers, Int8WeightOnlyConfig())
+    with pytest.raises(ValueError, match=r"model.layers.0.self_attn.q_proj is quantised"):
+        LISA(model, ADAM(model.parameters()))
+
+    class Packed(nn.Module):  # as GPTQ and AWQ do it
+        def __init__(self) -> None:
+            super().__init__()
+            self.in_features = self.out_features = 16
+            self.register_buffer("qweight", torch.zeros(16, 2, dtype=torch.int32))
+
+    model = llama()
+    model.model.layers[1].self_attn.q_proj = Packed()
+    with pytest.raises(ValueError, match=r"model.layers.1.self_attn.q_proj is quantised"):
+        LISA(model, ADAM(model.parameters()))
+    with pytest.raises(ValueError, match="q_proj' is quantised"):
+        peftkit.MeanWeightNorms(model).update()
+    model = llama()
+    model.model.layers[1].self_attn.q_proj.requires_grad_(False)  # frozen by the user, and left so
+    assert "model.layers.1.self_attn.q_proj.weight" not in LISA(model, ADAM(model.parameters()), 6).trained
 
 
 def test_it_says_what_it_is():

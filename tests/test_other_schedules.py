@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 
 import pytest
 import torch
@@ -69,31 +70,72 @@ def test_every_matrix_has_its_turn():
         assert abs(count - expected) < 4 * 10 + (name.startswith("model.norm") * 10), name  # 4 standard deviations
 
 
-@pytest.mark.parametrize(
-    ("kind", "categories"),
-    [
-        ("bert", {"attention": 4, "feed-forward": 2}),
-        ("gpt2", {"attn": 2, "feed-forward": 2}),
-        ("t5", {"layer.0.SelfAttention": 4, "layer.1.EncDecAttention": 4, "feed-forward": 2}),
-        ("mixtral", {"self_attn": 4, "feed-forward": 3}),
-        ("torch", {"self_attn": 2, "multihead_attn": 2, "feed-forward": 2}),
-    ],
-)
-def test_categories_of_other_models(kind, categories):
-    """Biases go with their weights; fused matrices, stacked experts and cross-attention count as what they are."""
-    model = MODELS[kind][0]()
+SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4, "num_hidden_layers": 4, "vocab_size": 30}
+CATEGORIES = {
+    "bert": (MODELS["bert"][0], {"attention": r"attention\..*(query|key|value|dense)", "ffn": r"(intermediate|output)\.dense"}),
+    "gpt2": (MODELS["gpt2"][0], {"attention": r"attn\.c_\w+", "ffn": r"mlp\.c_\w+"}),
+    "t5": (
+        MODELS["t5"][0],
+        {"self": r"layer\.0\.SelfAttention\.[qkvo]", "cross": r"layer\.1\.EncDec.*", "ffn": r".*DenseReluDense.*"},
+    ),
+    "opt": (
+        lambda: hf.OPTForCausalLM(hf.OPTConfig(
+            hidden_size=16, num_hidden_layers=4, num_attention_heads=4, ffn_dim=24, vocab_size=30, word_embed_proj_dim=16
+        )),
+        {"attention": r"self_attn\.\w+", "ffn": r"fc[12]"},
+    ),
+    "mixtral": (
+        lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=3)),
+        {"attention": r"self_attn\.\w+", "experts": r"mlp\.experts\.\w+"},
+    ),
+    "swin": (
+        lambda: hf.SwinModel(hf.SwinConfig(embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=2, image_size=32)),
+        {"attention": r"blocks\.0\.attention\.\w_proj"},
+    ),
+    "torch": (
+        lambda: torch.nn.Transformer(16, 4, 2, 2, 24),
+        {"self": r"self_attn\.\w+", "cross": r"multihead_attn\.\w+", "ffn": r"linear[12]"},
+    ),
+    "split": (
+        lambda: torch.nn.ModuleDict({"layers": torch.nn.ModuleList(
+            torch.nn.ModuleDict({"attn": torch.nn.MultiheadAttention(16, 4, kdim=8, vdim=8)}) for _ in range(4)
+        )}),
+        {"attention": r"attn\.(q_proj|k_proj|v_proj|out_proj)"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", CATEGORIES)
+def test_categories_of_other_models(kind):
+    """Half of each, whatever is fused, stacked or beside it (routers, tables of positions); biases go with their weights."""
+    make, categories = CATEGORIES[kind]
+    model = make()
     half = HalfFineTuning(model, adam(model))
-    trained, frozen = set(half.trained), set(half.frozen)
-    for name in trained:
-        if name.endswith(".bias") and name.removesuffix("bias") + "weight" in trained | frozen:
-            assert name.removesuffix("bias") + "weight" in trained
-    block = half.blocks[-1]
-    for category, size in categories.items():
-        if category == "feed-forward":
-            continue
-        names = {n for n in trained | frozen if n.startswith(f"{block.name}.{category}.") and not n.endswith("bias")}
-        names = {n for n in names if "norm" not in n.lower() and "relative" not in n}
-        assert len(names) == size and len(names & trained) == size // 2, category
+    for _ in range(8):
+        trained = set(half.trained)
+        everything = trained | set(half.frozen)
+        for category, pattern in categories.items():
+            counts = []
+            for block in half.blocks:
+                names = {
+                    n
+                    for n in everything
+                    if re.fullmatch(re.escape(block.name) + r"\." + pattern + r"(?<!bias)", stem(n))
+                }
+                names = {n for n in names if not n.endswith("bias")}
+                assert names or category == "cross", (block.name, category)
+                counts += [(len(names & trained), len(names))] if names else []
+            assert all(2 * count == total for count, total in counts), (category, counts)
+        for name in everything:
+            weight = name.removesuffix("bias") + "weight"
+            if name.endswith(".bias") and weight in everything:
+                assert (name in trained) == (weight in trained)
+        half.new_round()
+
+
+def stem(name: str) -> str:
+    """A parameter's name as the matrix's: without `.weight`, and `in_proj` for what MultiheadAttention calls so."""
+    return name.removesuffix(".weight").removesuffix("_weight")
 
 
 def test_stacked_experts_rest_by_matrix_with_their_biases():
@@ -164,6 +206,20 @@ def test_a_round_goes_on_where_it_stopped():
     half.load_state_dict(kept[2])
     train(again, optimizer, range(4, 6))
     assert changed(bits(whole), again) == set()
+
+
+def test_the_next_stage_with_an_optimizer_of_its_own():
+    model = llama(4)
+    first = HalfFineTuning(model, adam(model))
+    trained = first.trained
+    first.close()
+    second = HalfFineTuning(model, optimizer := adam(model))
+    assert second.trained == trained  # the same seed, the same first round
+    second.load_state_dict(first.state_dict())
+    second.new_round()
+    assert second.trained != trained and second.state_dict()["switches"] == 2
+    train(model, optimizer, range(1))
+    assert {n for n, p in model.named_parameters() if p in optimizer.state} == set(second.trained)
 
 
 # -- gradual unfreezing -------------------------------------------------------------------------------------------------
@@ -252,7 +308,12 @@ def test_adaptive_fine_tuning_of_2405_13181():
     for name, rate in found.items():
         l = int(name.split(".")[3]) if ".layers." in name else 12  # noqa: E741
         assert l >= 10 and rate == pytest.approx(1e-5 * 0.95 ** (12 - l)), name
-    assert {int(n.split(".")[3]) for n in found if ".layers." in n} == {10, 11} and "score.weight" in found
+    assert {int(n.split(".")[3]) for n in found if ".layers." in n} == {10, 11}
+    assert {n for n in found if ".layers." not in n} == {
+        "score.weight",
+        "model.decoder.final_layer_norm.weight",
+        "model.decoder.final_layer_norm.bias",
+    }
 
 
 def test_adapters_learn_at_the_rate_of_their_block():

@@ -124,3 +124,81 @@ def test_blocks_that_the_user_names():
     with pytest.raises(TargetError, match="no repeated blocks were found in this Sequential; name them"):
         stacks.find(model)
     assert [b.name for b in stacks.find(model, ["^1", "^2", "^3"])] == ["1", "2", "3"]
+
+
+# -- what runs when ------------------------------------------------------------------------------------------------------
+
+
+def test_depth_goes_by_when_a_module_runs_not_by_when_it_was_registered():
+    config = hf.OPTConfig(
+        hidden_size=16, num_hidden_layers=3, num_attention_heads=4, ffn_dim=24, vocab_size=30, word_embed_proj_dim=8
+    )
+    model = hf.OPTForCausalLM(config)
+    depths = stacks.depths(model, stacks.find(model))
+    decoder = model.model.decoder
+    assert depths[id(decoder.final_layer_norm)] == depths[id(decoder.project_out)] == 4
+    assert depths[id(decoder.project_in)] == depths[id(decoder.embed_positions)] == 0
+
+    config = hf.BartConfig(
+        d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
+        encoder_ffn_dim=24, decoder_ffn_dim=24, vocab_size=30, pad_token_id=1, bos_token_id=0, eos_token_id=2,
+    )  # fmt: skip
+    model = hf.BartForConditionalGeneration(config)
+    depths = stacks.depths(model, stacks.find(model))
+    assert depths[id(model.model.encoder.layernorm_embedding)] == 0
+    assert depths[id(model.model.decoder.layernorm_embedding)] == 2  # after the encoder, before the decoder's blocks
+
+
+class NormFirst(nn.Module):
+    """Registers what runs last first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.to_logits = nn.LayerNorm(4), nn.Linear(4, 5)
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)) for _ in range(2))
+        self.project, self.unused = nn.Linear(5, 4), nn.Linear(2, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.project(x)
+        for layer in self.layers:
+            x = x + layer(x)
+        return self.finish(x)
+
+    def finish(self, x: torch.Tensor) -> torch.Tensor:
+        return self.to_logits(self.norm(x))
+
+
+def test_a_model_that_registers_its_end_first():
+    model = NormFirst()
+    depths = stacks.depths(model, stacks.find(model))
+    found = {name: depths[id(m)] for name, m in model.named_children()}
+    assert found == {"norm": 3, "to_logits": 3, "layers": 0, "project": 0, "unused": 0}
+
+
+# -- what is no block ----------------------------------------------------------------------------------------------------
+
+
+def linears(count: int) -> nn.ModuleList:
+    return nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)) for _ in range(count))
+
+
+def test_a_list_of_heads_is_no_stack():
+    model = nn.ModuleDict({"layers": linears(3), "heads": linears(4)})
+    assert [b.name for b in stacks.find(model)] == ["layers.0", "layers.1", "layers.2"]
+
+
+def test_of_unlike_stacks_beside_each_other_the_longest_counts_and_of_equal_length_none():
+    class Other(nn.Sequential):
+        pass
+
+    other = nn.ModuleList(Other(nn.Linear(4, 4), nn.Linear(4, 4)) for _ in range(3))
+    model = nn.ModuleDict({"mergers": linears(2), "blocks": other})
+    assert {b.name.split(".")[0] for b in stacks.find(model)} == {"blocks"}
+    model = nn.ModuleDict({"attentions": linears(3), "ffns": other})
+    with pytest.raises(
+        TargetError, match=r"has attentions and ffns beside each other, 3 each.*blocks='attentions\.\*'"
+    ):
+        stacks.find(model)
+    assert len(stacks.find(model, ["^attentions.0", "ffns.[012]"])) == 4
+    model = nn.ModuleDict({"layer1": linears(2), "layer2": linears(3)})  # a ResNet's
+    assert len(stacks.find(model)) == 5

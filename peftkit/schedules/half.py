@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from peftkit import stacks
-from peftkit.blocks import is_norm
+from peftkit.blocks import is_norm, linear_sizes
 from peftkit.schedules.schedule import Schedule, check_count
 from peftkit.targets import sub_layer_named
 
@@ -23,9 +23,10 @@ class HalfFineTuning(Schedule):
     """Freeze half of each category of the blocks' weights, another half in each round.
 
     In each block 2 of {Q, K, V, O} train; of {up, gate, down} 2 in a random half of the blocks and 1 in the others; so with
-    any other odd number. Cross-attention and what belongs to neither (a router's neighbours, a layer's scales) are
-    categories of their own. Of all norms of the model together half train. A bias goes with its weight, fused matrices as
-    one. What lies outside of the blocks and is no norm, embeddings and heads, always trains.
+    any other odd number. Cross-attention, each expert that has Linears of its own, and what is no such matrix (routers,
+    convolutions, tables of positions, scales) are categories of their own. Of all norms of the model together half train.
+    A bias goes with its weight, fused matrices as one. What lies outside of the blocks and is no norm, embeddings and
+    heads, always trains.
 
     Frozen parameters have neither gradient nor optimizer state, by the first optimizer step of a round at the latest.
 
@@ -52,8 +53,9 @@ class HalfFineTuning(Schedule):
         """Select anew, at the start of the next stage; call it between two optimizer steps.
 
         Raises:
-            RuntimeError: something else turned parameters on or off, or they differ between the ranks.
+            RuntimeError: it was closed; something else turned parameters on or off, or they differ between the ranks.
         """
+        self._check_open()
         self._turns.check()
         self._switch()
 
@@ -67,22 +69,23 @@ class HalfFineTuning(Schedule):
         check_count("seed", self._settings["seed"], 0)
 
     def _prepare(self, model: nn.Module) -> None:
-        categories: dict[str, dict[int | None, dict[str, Unit]]] = {}  # kind -> block -> unit -> names
+        units: dict[tuple[str, int | None], dict[str, Unit]] = {}  # by kind and block
         for name, inside in self._turns.blocks_of(self.blocks).items():
             holder, key = self._turns.places[name][0]
             path = name.rpartition(".")[0]
-            block = None
             if is_norm(holder):
-                kind, unit = "norm", path
-            elif None in inside:
-                continue
-            else:
+                units.setdefault(("norm", None), {}).setdefault(path, []).append(name)
+            elif None not in inside:
                 block = min(i for i in inside if i is not None)
-                kind = _kind(path[len(self.blocks[block].name) + 1 :], holder)
-                unit = path if _matrices(holder) == 1 else f"{path}.{key.removesuffix('_bias')}"
-            categories.setdefault(kind, {}).setdefault(block, {}).setdefault(unit, []).append(name)
-        self._groups = [[list(units.values()) for units in by.values()] for by in categories.values()]
-        self._units = [unit for groups in self._groups for units in groups for unit in units]
+                matrix = _matrix_of(holder, key)
+                kind = "other" if matrix is None else _kind(path[len(self.blocks[block].name) + 1 :], holder)
+                unit = f"{path}.{matrix}" if matrix else path
+                units.setdefault((kind, block), {}).setdefault(unit, []).append(name)
+        groups: dict[str, list[list[Unit]]] = {}
+        for (kind, _), found in _singles_together(units).items():
+            groups.setdefault(kind, []).append(list(found.values()))
+        self._groups = list(groups.values())
+        self._units = [unit for blocks in self._groups for units_ in blocks for unit in units_]
 
     def _choose(self, switch: int) -> list[int]:
         rng = self._rng(switch)
@@ -97,22 +100,48 @@ class HalfFineTuning(Schedule):
                 start += len(units)
         return sorted(chosen)
 
+    def _may_choose(self, chosen: list[int]) -> bool:
+        return len(set(chosen)) == len(chosen) and all(0 <= i < len(self._units) for i in chosen)
+
     def _on(self, chosen: Collection[int]) -> Collection[str]:
         resting = {name for i, unit in enumerate(self._units) if i not in set(chosen) for name in unit}
         return [name for name in self._turns.trained if name not in resting]
 
 
+def _matrix_of(holder: nn.Module, key: str) -> str | None:
+    """Which matrix of its holder a parameter belongs to; empty for the only one; None where it belongs to none.
+
+    Matrices are the weights of Linears and MultiheadAttention, and stacks of them such as experts; a convolution, a
+    router, a table of positions, a scale is none.
+    """
+    if linear_sizes(holder) is not None:
+        return ""
+    if isinstance(holder, nn.MultiheadAttention):
+        stem = key.removesuffix("_weight").removesuffix("_bias")
+        return stem if holder._parameters.get(f"{stem}_weight") is not None else None
+    stem = key.removesuffix("_bias")
+    p = holder._parameters.get(stem)
+    stacked = p is not None and p.dim() == 3 and not isinstance(holder, nn.Embedding | nn.modules.conv._ConvNd)
+    return stem if stacked else None
+
+
 def _kind(path: str, holder: nn.Module) -> str:
-    """The category of a unit by its path in the block: an attention by its own path, feed-forward, or what is left."""
-    if not _matrices(holder) or isinstance(holder, nn.Embedding):  # T5's relative positions
-        return "other"
+    """The category of a matrix by its path in the block: the attention that it lies in, or else what holds it."""
     parts = path.split(".")
     for i, part in enumerate(parts):
         if sub_layer_named(part) == "attention":
             return ".".join(parts[: i + 1])
-    return "feed-forward"
+    return path.rpartition(".")[0] if linear_sizes(holder) is not None else path
 
 
-def _matrices(holder: nn.Module) -> int:
-    held = holder._parameters.items()
-    return sum(p is not None and p.dim() > 1 and not key.endswith("bias") for key, p in held)
+def _singles_together(
+    units: dict[tuple[str, int | None], dict[str, Unit]],
+) -> dict[tuple[str, int | None], dict[str, Unit]]:
+    """BERT's two feed-forward matrices lie in a module each: what is alone in its module makes one category of a block."""
+    found: dict[tuple[str, int | None], dict[str, Unit]] = {}
+    for (kind, block), held in units.items():
+        alone = (
+            len(held) == 1 and kind not in ("norm", "other") and sub_layer_named(kind.rpartition(".")[2]) != "attention"
+        )
+        found.setdefault(("feed-forward" if alone else kind, block), {}).update(held)
+    return found

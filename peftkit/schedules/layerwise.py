@@ -9,6 +9,7 @@ from torch import nn
 
 from peftkit import stacks
 from peftkit.schedules.schedule import check_count
+from peftkit.schedules.turns import check_nobody_else
 
 
 def layerwise_lr(
@@ -36,7 +37,8 @@ def layerwise_lr(
     hang in. A parameter in several places, as a tied embedding, counts as in the lowest.
 
     Raises:
-        ValueError: a rate or decay out of range, more frozen blocks than there are, nothing trainable left.
+        ValueError: a rate or decay out of range, more frozen blocks than there are, nothing trainable left, a
+            schedule that was not closed.
         TargetError: no blocks.
     """
     if not 0 < lr < math.inf:
@@ -47,6 +49,7 @@ def layerwise_lr(
     check_count("frozen", frozen, 0)
     if frozen > len(found):
         raise ValueError(f"frozen={frozen}, and the model has {len(found)} blocks")
+    check_nobody_else(stacks.unwrapped(model))
     depths = stacks.depths(model, found)
     of: dict[nn.Parameter, int] = {}
     for module in stacks.unwrapped(model).modules():

@@ -26,13 +26,15 @@ class LISA(SteppedSchedule):
     Args:
         model: any model; adapters in it train as before. As made, or wrapped in DistributedDataParallel with
             `find_unused_parameters=True` while all of it was on, or sharded by `fully_shard`.
-        optimizer: it holds all parameters: `AdamW(model.parameters(), lr=…)`. Its state is kept by parameter (no LBFGS).
+        optimizer: it holds all parameters: `AdamW(model.parameters(), lr=…)`; or several that do together, as Muon needs.
+            The state is kept by parameter (no LBFGS).
         active_layers: γ, how many blocks train at a time; 0 leaves embedding, head and norm.
         interval: K, optimizer steps from one draw to the next.
         seed: of the draws alone.
         blocks: patterns (`"model.layers.*"`) or modules; found by themselves where a model repeats a block.
-        weights: of each block, in its order, how likely it is drawn; positive numbers or 0. They need not add up to 1. The
-            blocks of a draw are taken one after the other, without replacement. `MeanWeightNorms` measures the paper's.
+        weights: how likely each block is drawn, in the model's order, which is that of `blocks` here; positive numbers or
+            0. They need not add up to 1. The blocks of a draw are taken one after the other, without replacement.
+            `MeanWeightNorms` measures the paper's.
         check_ranks: compare between ranks, at every switch, a number of each parameter that was trained.
 
     Raises:
@@ -58,8 +60,10 @@ class LISA(SteppedSchedule):
             "active_layers": active_layers,
             "interval": interval,
             "seed": seed,
-            "weights": None if weights is None else [float(w) for w in weights],
+            "weights": None if weights is None else _numbers(weights),
         }
+        if weights is not None and isinstance(blocks, list | tuple):
+            _check_order(model, blocks)
         super().__init__(model, optimizer, blocks, settings, check_ranks)
 
     @property
@@ -93,10 +97,30 @@ class LISA(SteppedSchedule):
 
     def _choose(self, switch: int) -> list[int]:
         weights = self._settings["weights"]
+        if weights is not None:  # the largest first: sums of what is near the largest float would overflow
+            weights = [w / max(weights) for w in weights]
         p = None if weights is None else [w / sum(weights) for w in weights]
         drawn = self._rng(switch).choice(len(self.blocks), self._settings["active_layers"], replace=False, p=p)
         return sorted(int(i) for i in drawn)
 
+    def _may_choose(self, chosen: list[int]) -> bool:
+        count = self._settings["active_layers"]
+        return len(set(chosen)) == len(chosen) == count and all(0 <= i < len(self.blocks) for i in chosen)
+
     def _on(self, chosen: Collection[int]) -> Collection[str]:
         # what several modules hold trains where one of them does; None stands for outside of all blocks
         return [name for name, of in self._of.items() if None in of or of & set(chosen)]
+
+
+def _numbers(weights: Any) -> list[float]:
+    try:
+        return [float(w) for w in weights]
+    except (TypeError, ValueError):
+        raise ValueError(f"weights: a number for each block, not {weights!r}") from None
+
+
+def _check_order(model: nn.Module, given: Sequence[Any]) -> None:
+    order = [block.name for one in given for block in stacks.find(model, [one])]
+    names = [block.name for block in stacks.find(model, given)]
+    if order != names:
+        raise ValueError(f"weights: they go by the model's order of blocks, {names}; name the blocks in that order")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from peftkit.blocks import linear_sizes
 
 _FLAT = {
     "FullyShardedDataParallel": "FSDP1 keeps the parameters of a unit in one flat tensor, which trains or rests as a whole; "
@@ -16,12 +18,25 @@ _FLAT = {
 }
 
 
-def plain_optimizer(optimizer: Any) -> torch.optim.Optimizer:
-    """The torch optimizer itself, out of what accelerate or Lightning put around it.
+def plain_optimizers(given: Any) -> list[torch.optim.Optimizer]:
+    """The torch optimizers themselves, out of what accelerate or Lightning put around them; one or a sequence is given.
 
     Raises:
-        TypeError: it is none, or one whose state is not kept by parameter.
+        TypeError: there is none, or one whose state is not kept by parameter.
     """
+    found = [_plain(one) for one in (given if isinstance(given, list | tuple) else (given,))]
+    if not found:
+        raise TypeError("optimizer: a torch.optim.Optimizer or several, not an empty sequence")
+    return found
+
+
+def accumulates(given: Any) -> bool:
+    """Whether accelerate has just swallowed a step, since gradients are still being accumulated."""
+    states = [getattr(one, "gradient_state", None) for one in (given if isinstance(given, list | tuple) else (given,))]
+    return any(not getattr(state, "sync_gradients", True) for state in states)
+
+
+def _plain(optimizer: Any) -> torch.optim.Optimizer:
     while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
         optimizer = inner
     if not isinstance(optimizer, torch.optim.Optimizer):
@@ -33,6 +48,10 @@ def plain_optimizer(optimizer: Any) -> torch.optim.Optimizer:
         raise TypeError(
             "ZeroRedundancyOptimizer keeps its state on the rank that owns a parameter, where a switch does not reach it; "
             "shard with torch.distributed.fsdp.fully_shard"
+        )
+    if getattr(optimizer, "is_paged", False):
+        raise TypeError(
+            "a paged optimizer of bitsandbytes keeps every state it has made; take the one that is not paged"
         )
     for group in optimizer.param_groups:
         if _is_fused_momentum(optimizer, group) and group["dampening"]:
@@ -49,7 +68,7 @@ def fill_in(optimizer: torch.optim.Optimizer) -> None:
     """
     for group in optimizer.param_groups:
         if _is_fused_momentum(optimizer, group):
-            trained = [p for p in group["params"] if p.grad is not None]
+            trained = [p for p in group["params"] if p.requires_grad]  # a closure's gradients come later
             lacking = [p for p in trained if optimizer.state[p].get("momentum_buffer") is None]
             for p in lacking if len(lacking) < len(trained) else ():
                 optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
@@ -95,23 +114,31 @@ def _check_ddp(ddp: DistributedDataParallel, trained: Mapping[str, nn.Parameter]
         )
 
 
-def check_held(optimizer: torch.optim.Optimizer, trained: Mapping[str, nn.Parameter], who: str) -> None:
-    """Refuse an optimizer that would silently never train what the schedule turns on.
+def check_held(optimizers: Sequence[torch.optim.Optimizer], trained: Mapping[str, nn.Parameter], who: str) -> None:
+    """Refuse optimizers that would silently never train what the schedule turns on.
 
     Raises:
-        ValueError: naming a parameter that it lacks.
+        ValueError: naming a parameter that they lack.
     """
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     missing = [name for name, p in trained.items() if id(p) not in held]
     if missing:
         raise ValueError(
             f"{who} turns {len(trained)} base parameters on and off, and the optimizer lacks {len(missing)} of them, "
-            f"such as {missing[0]!r}: they would be switched on and never trained. Make the optimizer from all, "
-            f"{type(optimizer).__name__}(model.parameters(), …), whatever is on at the moment; an optimizer with copies of "
-            "its own (master weights, flat partitions) cannot be used"
+            f"such as {missing[0]!r}: they would be switched on and never trained. Make it from all, "
+            "AdamW(model.parameters(), …), whatever is on at the moment, or give all the optimizers that hold them, "
+            "[Muon(…), AdamW(…)]; one with copies of its own (master weights, flat partitions) cannot be used"
         )
 
 
-def is_quantised(p: Tensor) -> bool:
-    """Whether it is stored in a form that has no gradient."""
-    return not (p.is_floating_point() or p.is_complex()) or type(p).__name__ in {"Params4bit", "Int8Params"}
+def is_quantised(module: nn.Module, trained: Collection[int]) -> bool:
+    """Whether it is a Linear without a weight that can have a gradient; `trained` are ids of parameters that have one."""
+    if linear_sizes(module) is None:
+        return False
+    held = [p for p in module._parameters.values() if p is not None and p.dim() > 1]
+    return not any(id(p) in trained or (p.is_floating_point() and _is_plain(p)) for p in held)
+
+
+def _is_plain(p: Tensor) -> bool:
+    kind = type(p.data)
+    return kind in (Tensor, nn.Parameter) or kind.__name__ == "DTensor"

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from peftkit import stacks
 from peftkit.schedules import ranks
-from peftkit.schedules.optimizers import fill_in
+from peftkit.schedules.optimizers import accumulates, fill_in
 from peftkit.schedules.turns import Turns
 
 
@@ -33,7 +36,8 @@ class Schedule(ABC):
         self, model: nn.Module, optimizer: Any, blocks: stacks.Blocks | None, settings: Mapping[str, Any], ranked: bool
     ):
         self.blocks = stacks.find(model, blocks)
-        self._settings = dict(settings)
+        self._settings = {key: whole(value) for key, value in settings.items()}
+        self._given = optimizer
         self._check_settings()
         self._turns = Turns(model, optimizer, type(self).__name__, check_ranks=ranked)
         if ranked:
@@ -42,7 +46,8 @@ class Schedule(ABC):
         self.switches = 0
         self._chosen: list[int] = []
         self._prepare(model)
-        self._hook = self._turns.optimizer.register_step_pre_hook(lambda *_: self._before_step())
+        self._open = True
+        self._watch()
         self._switch()
 
     # -- what a schedule is ------------------------------------------------------------------------------------------
@@ -60,6 +65,10 @@ class Schedule(ABC):
         """What the switch of this number turns on, by numbers of the schedule's own."""
 
     @abstractmethod
+    def _may_choose(self, chosen: list[int]) -> bool:
+        """Whether a switch could have chosen this; of a state that is read."""
+
+    @abstractmethod
     def _on(self, chosen: Collection[int]) -> Collection[str]:
         """The names of the parameters which that is."""
 
@@ -71,15 +80,18 @@ class Schedule(ABC):
         return [name for name, p in self._turns.trained.items() if p.requires_grad]
 
     def close(self) -> None:
-        """End it: `requires_grad` of every parameter as it was found, and the optimizer left alone."""
-        self._hook.remove()
-        self._turns.close()
+        """End it: `requires_grad` of every parameter as it was found, the optimizer left alone. Twice is as good as once."""
+        if self._open:
+            self._open = False
+            for hook in self._hooks:
+                hook.remove()
+            self._turns.close()
 
     def state_dict(self) -> dict[str, Any]:
         """All that a run needs to go on, as plain values that JSON can hold."""
         return {
             "schedule": type(self).__name__,
-            "settings": self._settings,
+            "settings": copy.deepcopy(self._settings),
             "blocks": [block.name for block in self.blocks],
             "parameters": self._signature(),
             "switches": self.switches,
@@ -100,7 +112,7 @@ class Schedule(ABC):
             )
         if state["schedule"] != own["schedule"]:
             raise ValueError(f"this is the state of a {state['schedule']}, not of a {own['schedule']}")
-        theirs = dict(state["settings"])
+        theirs = state["settings"] if isinstance(state["settings"], Mapping) else {}
         for key, value in own["settings"].items():
             if theirs.get(key) != value:
                 raise ValueError(
@@ -115,11 +127,18 @@ class Schedule(ABC):
             raise ValueError(
                 "the state is of another model: names or shapes of its trainable parameters are not those of this one"
             )
+        self._check_open()
+        chosen = state["chosen"]
+        whole = isinstance(chosen, list | tuple) and all(isinstance(i, int) for i in chosen)
+        if not whole or not self._may_choose(list(chosen)) or not _counts(state):
+            raise ValueError(
+                f"this is no state of a {own['schedule']}: switches={state['switches']!r}, chosen={chosen!r}"
+            )
         self._restore(state)
 
     def _restore(self, state: Mapping[str, Any]) -> None:
-        self.switches = int(state["switches"])
-        self._apply([int(i) for i in state["chosen"]], compare=False)
+        self.switches = state["switches"]
+        self._apply(list(state["chosen"]), compare=False)
 
     def __repr__(self) -> str:
         settings = ", ".join(f"{key}={value!r}" for key, value in self._settings.items() if value is not None)
@@ -139,10 +158,26 @@ class Schedule(ABC):
         self._turns.only(self._on(chosen), compare=compare)
         self._chosen = chosen
 
-    def _before_step(self) -> None:
+    def _watch(self) -> None:
+        self._hooks = [o.register_step_pre_hook(self._before_step) for o in self._turns.optimizers]
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self._turns.check()
         self._turns.sweep()
-        fill_in(self._turns.optimizer)
+        fill_in(optimizer)
+
+    def _check_open(self) -> None:
+        if not self._open:
+            raise RuntimeError(f"this {type(self).__name__} was closed; make a new one")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of an optimizer has no hooks, so a copy of its schedule hangs on it anew."""
+        return {key: value for key, value in vars(self).items() if key != "_hooks"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if self._open:
+            self._watch()
 
     def _rng(self, switch: int) -> np.random.Generator:
         return np.random.default_rng([self._settings["seed"], switch])
@@ -164,20 +199,30 @@ class SteppedSchedule(Schedule):
     def step(self) -> None:
         """Count one step, after `optimizer.step()`, as of a learning-rate scheduler; switch where it is time.
 
+        Within `accelerator.accumulate` a call that comes before the optimizer's real step counts nothing.
+
         Raises:
-            RuntimeError: something else turned parameters on or off, or they differ between the ranks.
+            RuntimeError: it was closed; something else turned parameters on or off, or they differ between the ranks.
         """
+        self._check_open()
         self._turns.check()
-        self.steps += 1
-        if self.steps % self._settings["interval"] == 0:
+        if accumulates(self._given):
+            return
+        if (self.steps + 1) % self._settings["interval"] == 0:
             self._switch()
+        self.steps += 1
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"steps": self.steps}
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         super()._restore(state)
-        self.steps = int(state["steps"])
+        self.steps = state["steps"]
+
+
+def whole(value: Any) -> Any:
+    """A whole number as a plain one, numpy's too; anything else as it is."""
+    return value if isinstance(value, bool) or not hasattr(value, "__index__") else operator.index(value)
 
 
 def check_count(name: str, value: object, least: int) -> None:
@@ -188,6 +233,10 @@ def check_count(name: str, value: object, least: int) -> None:
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name} is a whole number of at least {least}, not {value!r}")
+
+
+def _counts(state: Mapping[str, Any]) -> bool:
+    return all(isinstance(state.get(key, 1), int) and state.get(key, 1) >= 0 for key in ("switches", "steps"))
 
 
 def _first(names: Sequence[str]) -> str:

@@ -9,11 +9,12 @@ from torch import nn
 
 from peftkit import ledger
 from peftkit.schedules import ranks
-from peftkit.schedules.optimizers import check_held, check_wrapped, is_quantised, plain_optimizer
+from peftkit.schedules.optimizers import check_held, check_wrapped, is_quantised, plain_optimizers
 from peftkit.sites import walk
 from peftkit.stacks import Block, plain_name, unwrapped
 
 Place = tuple[nn.Module, str]
+_RESTS = "_peftkit_rests"  # on a parameter that a schedule has turned off: whose doing it is
 
 
 class Turns:
@@ -32,14 +33,14 @@ class Turns:
 
     def __init__(self, model: nn.Module, optimizer: Any, who: str, *, check_ranks: bool):
         self.who, self.check_ranks = who, check_ranks
-        self.optimizer = plain_optimizer(optimizer)
-        model_itself = unwrapped(model)
-        found = ledger.find(model_itself)
-        self._record = None if found is None else found[1]
+        self.optimizers = plain_optimizers(optimizer)
+        self._model = unwrapped(model)
+        check_nobody_else(self._model)
+        self._record = _record(self._model)
         self.trained: dict[str, nn.Parameter] = {}
         self.places: dict[str, list[Place]] = {}
         names: dict[int, str] = {}
-        for name, (holder, key) in trainable_places(model_itself, self._record).items():
+        for name, (holder, key) in trainable_places(self._model, self._record).items():
             p = holder._parameters[key]
             assert p is not None
             first = names.setdefault(id(p), name)
@@ -47,12 +48,12 @@ class Turns:
             self.places.setdefault(first, []).append((holder, key))
         if not self.trained:
             raise ValueError(
-                f"no base parameter of this {type(model_itself).__name__} is trainable, so {who} has nothing to switch; it "
+                f"no base parameter of this {type(self._model).__name__} is trainable, so {who} has nothing to switch; it "
                 "turns on only what was on before: model.requires_grad_(True), then inject, then this"
             )
         self._check_merged()
         check_wrapped(model, self.trained, who)
-        check_held(self.optimizer, self.trained, who)
+        check_held(self.optimizers, self.trained, who)
         self._before = {name: p.requires_grad for name, p in self.trained.items()}
         self._on: frozenset[str] | None = None
 
@@ -65,11 +66,12 @@ class Turns:
         inside = {id(m): i for i, block in enumerate(blocks) for m in block.module.modules()}
         found = {name: {inside.get(id(m)) for m, _ in self.places[name]} for name in self.trained}
         reached = set().union(*found.values())
+        trained = {id(p) for p in self.trained.values()}
         for i, block in enumerate(blocks):
-            if (weight := _quantised(block.module)) is not None:
+            if (name := _quantised(block.module, trained)) is not None:
                 raise ValueError(
-                    f"{self.who} trains blocks whole, and {block.name}.{weight} is quantised, which has no gradient; train "
-                    "an adapter there"
+                    f"{self.who} trains blocks whole, and {block.name}.{name} is quantised, so it has no gradient; train an "
+                    "adapter there"
                 )
             if i not in reached:
                 raise ValueError(
@@ -91,14 +93,18 @@ class Turns:
             wanted = name in self._on
             if p.requires_grad != wanted:
                 p.requires_grad_(wanted)
-            if not wanted:
+            if wanted:
+                vars(p).pop(_RESTS, None)
+            else:
                 p.grad = None
+                setattr(p, _RESTS, self.who)
 
     def sweep(self) -> None:
         """Drop the optimizer's state of all that rests."""
         for name, p in self.trained.items():
             if self._on is not None and name not in self._on:
-                self.optimizer.state.pop(p, None)
+                for optimizer in self.optimizers:
+                    optimizer.state.pop(p, None)
 
     def check(self) -> None:
         """Whether the model still is as the last switch left it.
@@ -120,9 +126,15 @@ class Turns:
                 )
 
     def close(self) -> None:
-        """Every flag as it was found."""
+        """Every flag as it was found; what `inject` has frozen meanwhile stays frozen, and is on again after `eject`."""
+        now = _record(self._model)
+        injected = now if now is not self._record else None
+        noted = {(id(module), key) for module, key in injected.frozen} if injected is not None else set()
         for name, p in self.trained.items():
-            p.requires_grad_(self._before[name])
+            vars(p).pop(_RESTS, None)
+            p.requires_grad_(self._before[name] and injected is None)
+            if injected is not None and self._before[name]:
+                injected.frozen += [(m, key) for m, key in self.places[name] if (id(m), key) not in noted]
         self._on = None
 
     def _check_merged(self) -> None:
@@ -131,6 +143,25 @@ class Turns:
             raise RuntimeError(
                 f"{merged} is merged, and unmerge would take the base back to what it was; unmerge(model) before training it"
             )
+
+
+def check_nobody_else(model: nn.Module) -> None:
+    """Refuse a model in which a schedule that was not closed has turned parameters off: they are not the user's frozen ones.
+
+    Raises:
+        ValueError: naming it.
+    """
+    for name, p in model.named_parameters():
+        if (whose := getattr(p, _RESTS, None)) is not None and not p.requires_grad:
+            raise ValueError(
+                f"{name!r} rests in a {whose} that was not closed; close() that one first (and for another "
+                "optimizer, new.load_state_dict(old.state_dict())), or turn all on by requires_grad_(True) where it is gone"
+            )
+
+
+def _record(model: nn.Module) -> ledger.Ledger | None:
+    found = ledger.find(model)
+    return None if found is None else found[1]
 
 
 def trainable_places(model: nn.Module, record: ledger.Ledger | None) -> dict[str, Place]:
@@ -145,10 +176,7 @@ def trainable_places(model: nn.Module, record: ledger.Ledger | None) -> dict[str
     return places
 
 
-def _quantised(module: nn.Module) -> str | None:
-    """The name of a base weight in it that is stored quantised."""
-    for site in walk(module):
-        for key, p in site.module._parameters.items():
-            if p is not None and is_quantised(p):
-                return f"{site.name}.{key}" if site.name else key
-    return None
+def _quantised(block: nn.Module, trained: set[int]) -> str | None:
+    """The name of a Linear in it whose weight is stored quantised."""
+    sites = (site for site in walk(block) if site.part is None)
+    return next((plain_name(site.name) for site in sites if is_quantised(site.module, trained)), None)

@@ -61,5 +61,8 @@ class GradualUnfreezing(SteppedSchedule):
     def _choose(self, switch: int) -> list[int]:
         return [self._levels[min(switch, len(self._levels) - 1)]]
 
+    def _may_choose(self, chosen: list[int]) -> bool:
+        return len(chosen) == 1 and chosen[0] in self._levels
+
     def _on(self, chosen: Collection[int]) -> Collection[str]:
         return [name for name, depth in self._depth.items() if depth >= min(chosen)]

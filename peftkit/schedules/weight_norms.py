@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from peftkit import ledger, stacks
 from peftkit.holder import graft_of
 from peftkit.method import NotMergeable
+from peftkit.schedules.optimizers import is_quantised
 from peftkit.sites import walk
 
 
@@ -38,7 +39,7 @@ class MeanWeightNorms:
         """Count the weights as they are now; call it after each optimizer step.
 
         Raises:
-            NotMergeable: an acting adapter changes no weight.
+            NotMergeable: an acting adapter changes no weight. ValueError: a weight is quantised.
         """
         self._sum += torch.stack([_norm(block.module, self._acting()) for block in self.blocks]).cpu()
         self.steps += 1
@@ -76,6 +77,10 @@ def _norm(block: nn.Module, acting: tuple[str, ...]) -> Tensor:
         for adapter in adapters:
             if (reason := adapter.why_not_merge()) is not None:
                 raise NotMergeable(f"{type(adapter).__name__} at {site.name!r} has no weight to measure: {reason}")
+        if site.part is None and is_quantised(site.module, ()):
+            raise ValueError(
+                f"{site.name!r} is quantised, so the norm of its weight is not known; measure the whole model"
+            )
         for key, p in site.module._parameters.items():
             if p is not None and id(p) not in squares:
                 changed = [a for a in adapters if key in a.merges]
