@@ -19,7 +19,7 @@ from benchmarks.schedules import gauges, memory, one
 from benchmarks.schedules.__main__ import NAME, keep, read
 from benchmarks.schedules.asked import asked, norm_ratio
 from benchmarks.schedules.recipes import RECIPES
-from benchmarks.schedules.summary import HEAD, STYLES, apart, plot, summarised
+from benchmarks.schedules.summary import HEAD, PARTS, STYLES, apart, parts, plot, summarised
 from benchmarks.schedules.texts import Texts, held_out_loss, mean_loss
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2, "vocab_size": 31}
@@ -149,6 +149,12 @@ def test_rows_are_renewed_and_others_stay(results):
         ("LoRA", "1,234", "3.250", "", "", ""),
     ]
     assert len(HEAD) == 6
+    sizes = {f"{kind}_bytes": 2 * 10**9 for kind in ("weight", "gradient", "state", "peak")} | {
+        "resident_before": 10**6
+    }
+    keep("memory", {"measure": "peaks", "arm": "lora", "allocator": "plain", **sizes}, ("arm",))
+    assert parts(read()) == [("LoRA", "glibc as it comes", "2,000", "2,000", "2,000", "1", "2,000")]
+    assert len(PARTS) == 7
 
 
 def test_labels_are_moved_apart():

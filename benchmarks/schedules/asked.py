@@ -50,7 +50,7 @@ def norm_ratio(runs: Sequence[Mapping[str, Any]]) -> list[float] | None:
 def _saved(full: Mapping[str, Any], lisa: Mapping[str, Any], title: str) -> dict[str, Any]:
     dropped = 12 * (full["blocks"] - 2) * full["block_parameters"]  # a gradient and two moments in fp32
     over = (full["peak_bytes"] - lisa["peak_bytes"]) / dropped
-    what = f"peak under full fine-tuning's, over the {dropped / 1e6:,.0f} MB that {full['blocks'] - 2} resting blocks save; "
+    what = f"full fine-tuning's peak less LISA's, over the {dropped / 1e6:,.0f} MB of {full['blocks'] - 2} resting blocks; "
     return _row(what + title, over, "×", "1 ± 10 %", abs(over - 1) <= 0.1)
 
 

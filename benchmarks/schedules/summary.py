@@ -6,13 +6,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.schedules.asked import ALLOCATOR
 from benchmarks.schedules.recipes import RECIPES
 
 HEAD = ("configuration", "trained at a time", "held-out loss", "optimizer state", "gradients", "peak of the steps")
+PARTS = ("configuration", "allocator", "weights", "gradients", "optimizer state", "resident before", "peak")
 STYLES = {
     "full": ("black", "-", "o"),
-    "lisa-1": ("#90cdf4", "-", "v"),
-    "lisa-2": ("#3182ce", "--", "s"),
+    "lisa-1": ("#4299e1", "-", "v"),
+    "lisa-2": ("#2c5aa0", "--", "s"),
     "lisa-4": ("#1a365d", "-.", "^"),
     "lora": ("#c05621", "-", "D"),
     "half": ("#2f855a", ":", "P"),
@@ -26,6 +28,17 @@ def summarised(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
         sizes = [f"{r[k] / 1e9:.2f} GB" if k in r else "" for k in ("state_bytes", "gradient_bytes", "peak_bytes")]
         lines.append((RECIPES[r["recipe"]].title, f"{r['trained']:,}", f"{list(r['losses'].values())[-1]:.3f}", *sizes))
     return lines
+
+
+def parts(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """What the peaks on few tokens are made of, in MB: configuration, allocator, weights, gradients, state, both ends."""
+    keys = ("weight_bytes", "gradient_bytes", "state_bytes", "resident_before", "peak_bytes")
+    rows = sorted(
+        (r for r in found["memory"] if r["measure"] == "peaks"), key=lambda r: list(ALLOCATOR).index(r["allocator"])
+    )
+    return [
+        (RECIPES[r["arm"]].title, ALLOCATOR[r["allocator"]], *(f"{r[key] / 1e6:,.0f}" for key in keys)) for r in rows
+    ]
 
 
 def plot(found: Mapping[str, Any], title: str, path: Path) -> None:
