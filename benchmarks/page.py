@@ -185,9 +185,10 @@ up need not reach; all take turns on one model.
 SCHEDULES = """Language-model loss on film reviews, their first 32 tokens each, in nats a token, padding left out; held out
 are 128 of them. 60 steps of AdamW on 16 texts, the same in the same order for all, in fp32 without dropout or decay. One
 constant learning rate for everything that trains base weights, 5e-5, and LoRA's customary 2e-3; none was searched for. One
-seed. LISA draws anew every 10 steps; half fine-tuning has one round. The embedding, which is the head as well, has 28 M of
-the 135 M parameters and trains under every schedule. State and gradients are counted over the tensors in the last step,
-before its switch; the peak is what the process had resident during the steps, evaluation left out.
+seed. LISA draws anew every 10 steps, so that 1, 2 and 4 blocks at a time reach at most 6, 12 and 24 of the 30, each for few
+steps; half fine-tuning has one round. The embedding, which is the head as well, has 28 M of the 135 M parameters and trains
+under every schedule. State and gradients are counted over the tensors in the last step, before its switch; the peak is what
+the process had resident during the steps, evaluation left out.
 """
 
 ASKED = """What was asked of LISA's memory, with 2 active blocks, in processes of their own and on a text of 8 tokens, so
