@@ -105,7 +105,10 @@ def _methods(name: str, rows: dict[str, Any]) -> str:
 
 def _schedules(name: str, rows: dict[str, Any]) -> str:
     verdict = {True: "met", False: "**missed**", None: ""}
-    lines = [(r["what"], f"{r['measured']:.4g} {r['unit']}", r["asked"], verdict[r["met"]]) for r in rows["asked"]]
+    figures = [f"{r['measured']:.4g} {r['unit']}" if r["unit"] else f"{r['measured']:.6f}" for r in rows["asked"]]
+    lines = [
+        (r["what"], figure, r["asked"], verdict[r["met"]]) for r, figure in zip(rows["asked"], figures, strict=True)
+    ]
     runs, parts = schedules.summarised(rows), schedules.parts(rows)
     tables = [_table(schedules.HEAD, runs), _plot(name), ASKED, _table(("what", "measured", "asked", ""), lines)]
     return "\n".join((SCHEDULES, *tables, PARTS, _table(schedules.PARTS, parts)))
@@ -195,7 +198,7 @@ ASKED = """What was asked of LISA's memory, with 2 active blocks, in processes o
 that activations do not blur it; LISA switches there after every second step, and after every step where growth is counted.
 With glibc as it comes, what lies in its heap is not always given back. Mapped apart, resident memory moves by one block's
 state, 28 MB, and only where a block is drawn twice in a row and keeps it. In the last rows, the norms by which the paper of
-LISA chose what to sample, means over the 60 steps of the runs above.
+LISA chose what to sample, means over the 60 steps of the runs above: taken as weights, they draw as good as evenly here.
 """
 
 PARTS = """What those peaks are made of, in MB. Before the steps, what was imported is resident beside the weights; above the
