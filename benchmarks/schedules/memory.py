@@ -57,8 +57,15 @@ def real() -> nn.Module:
 def small() -> nn.Module:
     """The Llama for which a size of the state was promised."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 8, "num_attention_heads": 4}
-    return LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=2000, tie_word_embeddings=False))
+    config = LlamaConfig(
+        hidden_size=256,
+        intermediate_size=704,
+        num_hidden_layers=8,
+        num_attention_heads=4,
+        vocab_size=2000,
+        tie_word_embeddings=False,
+    )
+    return LlamaForCausalLM(config)
 
 
 def started(arm: str, load: Callable[[], nn.Module], interval: int) -> Training:
