@@ -194,11 +194,12 @@ under every schedule. State and gradients are counted over the tensors in the la
 the process had resident during the steps, evaluation left out.
 """
 
-ASKED = """What was asked of LISA's memory, with 2 active blocks, in processes of their own and on a text of 8 tokens, so
-that activations do not blur it; LISA switches there after every second step, and after every step where growth is counted.
-With glibc as it comes, what lies in its heap is not always given back. Mapped apart, resident memory moves by one block's
-state, 28 MB, and only where a block is drawn twice in a row and keeps it. In the last rows, the norms by which the paper of
-LISA chose what to sample, means over the 60 steps of the runs above: taken as weights, they draw as good as evenly here.
+ASKED = """What was asked of LISA's memory (`--memory`), with 2 active blocks, in fresh processes and on a text of 8
+tokens, so that activations do not blur it; LISA switches there after every second step, and after every step where growth
+is counted. With glibc as it comes, what lies in its heap is not always given back. Mapped apart, resident memory moves by
+one block's state, 28 MB, and only where a block is drawn twice in a row and keeps it. In the last rows, the norms by
+which the paper of LISA chose what to sample, means over the 60 steps of the runs above: taken as weights, they draw as
+good as evenly here.
 """
 
 PARTS = """What those peaks are made of, in MB. Before the steps, what was imported is resident beside the weights; above the
