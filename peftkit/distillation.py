@@ -8,9 +8,8 @@ teacher with the adapters off and the context c in its input, the student with t
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkit import api
+from peftkit.eval_mode import evaluating
 from peftkit.stacks import unwrapped
 
 IGNORED = -100  # the label of a token that is no response
@@ -141,7 +141,7 @@ def teacher_logits(
     if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
         raise ValueError(f"top_k is a whole number of at least 1, or None for all, not {top_k!r}")
     places, tokens, counts = _response(model, teacher)
-    with api.disabled(model), _evaluating(model):
+    with api.disabled(model), evaluating(model):
         found = torch.log_softmax(_logits(model, teacher)[places] / temperature, -1)
     if top_k is None or top_k >= found.shape[-1]:
         return TeacherLogits(tokens, counts, found, None, None, temperature)
@@ -221,16 +221,3 @@ def _logits(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
 def _encodes_first(model: nn.Module) -> bool:
     """Whether it is an encoder-decoder: its labels are what its decoder is asked, each at its own position."""
     return bool(getattr(getattr(unwrapped(model), "config", None), "is_encoder_decoder", False))
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout; afterwards every module is in the mode it was in."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -16,6 +16,7 @@ FLOORS = {
     "peftkit.targets": 0,
     "peftkit.holder": 0,
     "peftkit.dtypes": 0,
+    "peftkit.eval_mode": 0,
     "peftkit.graft": 0,
     "peftkit.reading": 0,
     "peftkit.hosts": 1,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import lightning
 import pytest
 import torch
@@ -99,7 +101,7 @@ def test_a_checkpoint_holds_the_adapter_and_not_the_base(tmp_path):
     fitted(task, tmp_path)
     kept = torch.load(tmp_path / "step=4.ckpt", weights_only=False)
     adapter = {f"model.{k}" for k in states(task.model, True)}
-    assert set(kept["state_dict"]) == adapter | {"scale", "fixed"}
+    assert set(kept["state_dict"]) == adapter | {"scale", "fixed", "peftkit_left_out"}
     assert equal(states(task.model, False), base)
     assert task.model.state_dict().keys() >= base.keys()
 
@@ -130,6 +132,7 @@ def test_the_best_model_is_tested(tmp_path):
     )
     kept = torch.load(best.best_model_path, weights_only=False)["state_dict"]
     trainer.test(task, Loader(4, 1), ckpt_path="best", weights_only=False, verbose=False)
+    del kept["peftkit_left_out"]
     assert all(torch.equal(t, task.state_dict()[k]) for k, t in kept.items())
 
 
@@ -215,4 +218,105 @@ def test_adapters_may_hang_on_the_whole_module(tmp_path):
     peftkit.inject(task, LoRAConfig(r=2, targets=["q_proj"]))
     fitted(task, tmp_path, steps=2)
     kept = torch.load(tmp_path / "step=2.ckpt", weights_only=False)["state_dict"]
-    assert set(kept) == set(states(task, True))
+    assert set(kept) == set(states(task, True)) | {"peftkit_left_out"}
+
+
+def test_a_module_of_another_base_or_other_settings_is_not_made_from_a_checkpoint(tmp_path):
+    fitted(Task(), tmp_path, steps=2)
+
+    class Other(Task):
+        def __init__(self):
+            super().__init__(model=type(self).made())
+            without_base(self)
+
+    def scaled():
+        model = adapted()
+        with torch.no_grad():
+            model.model.layers[0].self_attn.q_proj.weight.mul_(2)
+        return model
+
+    for made, message in (
+        (lambda: adapted(LoRAConfig(r=2, alpha=400, dropout=0.2)), "alpha"),
+        (scaled, "another base"),
+    ):
+        Other.made = staticmethod(made)
+        with pytest.raises(StorageError, match=message):
+            Other.load_from_checkpoint(tmp_path / "step=2.ckpt", weights_only=False)
+
+
+def test_a_schedule_beside_adapters_keeps_what_it_trained(tmp_path):
+    def run(folder, resume=None):
+        task = Task(adapted(layers=4))
+        every = torch.optim.AdamW(task.parameters(), lr=1e-2)
+        task.configure_optimizers = lambda: every
+        schedule = ScheduleCallback(LISA, active_layers=1, interval=2)
+        fitted(task, folder, [schedule, AdapterCheckpoints(), Seeds()], resume)
+        return task
+
+    whole = run(tmp_path / "a")
+    assert equal(run(tmp_path / "b", str(tmp_path / "a/step=4.ckpt")).state_dict(), whole.state_dict())
+    kept = torch.load(tmp_path / "a/step=6.ckpt", weights_only=False)["state_dict"]
+    start = Task(adapted(layers=4)).state_dict()
+    moved = {k for k, t in whole.state_dict().items() if not torch.equal(t, start[k])}
+    assert moved <= set(kept)
+    assert any(".layers.0." in k for k in moved) or any(".layers.1." in k for k in moved)
+
+
+def test_what_was_trained_and_then_frozen_is_kept(tmp_path):
+    task = Task(adapted())
+    norm = task.model.model.norm.weight.requires_grad_(True)
+
+    class Freeze(lightning.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if trainer.global_step == 2:
+                norm.requires_grad_(False)
+
+    fitted(task, tmp_path, [AdapterCheckpoints(), Freeze()])
+    kept = torch.load(tmp_path / "step=6.ckpt", weights_only=False)["state_dict"]
+    assert torch.equal(kept["model.model.norm.weight"], norm) and not torch.equal(norm, torch.ones_like(norm))
+
+
+def test_a_model_under_two_names_is_left_out_under_both(tmp_path):
+    task = Task(adapted())
+    task.backbone = task.model.model
+    fitted(task, tmp_path, steps=2)
+    kept = torch.load(tmp_path / "step=2.ckpt", weights_only=False)["state_dict"]
+    assert all(".peftkit." in k or k in {"scale", "fixed", "peftkit_left_out"} for k in kept)
+
+
+def test_after_an_exception_nothing_is_left_behind(tmp_path):
+    class Fail(lightning.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.global_step == 3:
+                raise RuntimeError("stopped")
+
+    callback, schedule = AdapterCheckpoints(), ScheduleCallback(LISA, active_layers=1, interval=2)
+    task = Task(adapted())
+    with pytest.raises(RuntimeError, match="stopped"):
+        fitted(task, tmp_path, [callback, Fail()])
+    kept = torch.load(tmp_path / "step=2.ckpt", weights_only=False)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        task.load_state_dict(kept["state_dict"])
+    again = Task(adapted())
+    fitted(again, tmp_path / "2", [callback], str(tmp_path / "step=2.ckpt"))
+    plain = Task(llama(layers=4))
+    with pytest.raises(RuntimeError, match="stopped"):
+        fitted(plain, tmp_path / "3", [schedule, Fail()])
+    assert all(p.requires_grad for p in plain.model.parameters())
+    fitted(plain, tmp_path / "4", [schedule], steps=2)
+    assert schedule.schedule.steps == 2
+
+
+def test_what_is_not_trained_says_so_and_what_was_ejected_is_a_whole_model(tmp_path):
+    model = adapted()
+    peftkit.activate(model)
+    with pytest.raises(ValueError, match="is trained"):
+        fitted(Task(model), tmp_path)
+    task = Task()
+    assert pickle.loads(pickle.dumps(task)).state_dict().keys() == task.state_dict().keys()
+    trainer = fitted(task, tmp_path, steps=2)
+    peftkit.merge(task.model, keep_base=False)
+    trainer.save_checkpoint(tmp_path / "merged.ckpt")
+    kept = torch.load(tmp_path / "merged.ckpt", weights_only=False)["state_dict"]
+    assert kept.keys() == task.state_dict().keys()
+    task.load_state_dict(kept)

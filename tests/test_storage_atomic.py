@@ -195,11 +195,13 @@ def test_other_files_survive(target):
     (target / "dangling").symlink_to("nowhere")
     (target / "README.md").write_text("mine")
     (target / "logs").chmod(0o700)
+    os.utime(target / "logs", (1e9, 1e9))
     target.chmod(0o750)
     model = trained(small(), seed=5)
     peftkit.save(model, target)
     assert loads_as(target, model) == 0
     assert (target / "tokenizer.json").read_text() == "{}" and (target / "logs" / "a.txt").read_text() == "a"
+    assert (target / "logs").stat().st_mtime == 1e9
     assert os.readlink(target / "link") == "tokenizer.json" and (target / "dangling").is_symlink()
     assert (target / "README.md").read_text() == "mine"
     assert stat.S_IMODE(target.stat().st_mode) == 0o750 and stat.S_IMODE((target / "logs").stat().st_mode) == 0o700

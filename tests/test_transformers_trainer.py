@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from trainers import CONFIG, Sentences, adapted, equal, states
 from transformers import Trainer, TrainingArguments
 
 import peftkit
-from peftkit import LISA, LoRAConfig, StorageError
+from peftkit import LISA, HalfFineTuning, LoRAConfig, StorageError
 from peftkit.integrations.transformers import AdapterTrainer, ScheduleCallback
 
 
@@ -44,7 +45,7 @@ def test_a_checkpoint_holds_the_adapter_and_not_the_base(tmp_path):
     found = {f.name for f in (tmp_path / "checkpoint-4").iterdir()}
     assert found == {
         "adapter_config.json", "adapter_model.safetensors", "README.md", "optimizer.pt", "scheduler.pt", "rng_state.pth",
-        "trainer_state.json", "training_args.bin",
+        "trainer_state.json", "training_args.bin", "peftkit_adapters.json",
     }  # fmt: skip
     assert equal(states(model, False), base)
     optimizer = torch.load(tmp_path / "checkpoint-4/optimizer.pt")
@@ -124,7 +125,7 @@ def test_save_model_writes_the_adapter(tmp_path):
     model = adapted(names=("x",))
     trainer = trained(model, tmp_path, save_strategy="no", max_steps=1)
     trainer.save_model()
-    assert {f.name for f in tmp_path.iterdir()} == {"x", "training_args.bin"}
+    assert {f.name for f in tmp_path.iterdir()} == {"x", "training_args.bin", "peftkit_adapters.json"}
     peftkit.restore(model, tmp_path, name="x")
 
 
@@ -194,9 +195,116 @@ def test_a_schedule_and_checkpoints_of_adapters_exclude_each_other(tmp_path):
     )  # fmt: skip
     with pytest.raises(ValueError, match="belongs to no adapter"):
         trainer.train()
+    assert trainer.state.global_step == 0  # said before anything was trained
 
 
 def test_checkpoints_are_what_peft_reads(tmp_path):
     trained(adapted(), tmp_path, max_steps=2)
     keys = load_file(tmp_path / "checkpoint-2/adapter_model.safetensors")
     assert all(k.startswith("base_model.model.") for k in keys)
+
+
+def test_what_lies_outside_of_the_adapted_part_is_not_lost(tmp_path):
+    model = llama(tie_word_embeddings=False)
+    peftkit.inject(model.model, LoRAConfig(r=2))
+    with pytest.raises(ValueError, match="lm_head.weight is trained and belongs to no adapter"):
+        trained(model, tmp_path)
+
+
+def test_what_would_not_train_says_so(tmp_path):
+    peftkit.save(adapted(), tmp_path / "adapter")
+    model = llama()
+    peftkit.load(model, tmp_path / "adapter")
+    with pytest.raises(ValueError, match="loaded without trainable=True"):
+        trained(model, tmp_path / "run")
+    trainer = AdapterTrainer(model, arguments(tmp_path / "run"), eval_dataset=Sentences(4, 1))
+    assert trainer.evaluate()["eval_loss"] > 0  # but may be evaluated
+
+
+def test_saving_the_model_beside_its_checkpoints_leaves_them_as_they_were(tmp_path):
+    trainer = trained(adapted(), tmp_path, max_steps=12)
+    times = {d.name: d.stat().st_mtime_ns for d in tmp_path.glob("checkpoint-*")}
+    here = os.stat(tmp_path).st_ino
+    time.sleep(0.05)
+    trainer.save_model()
+    assert {d.name: d.stat().st_mtime_ns for d in tmp_path.glob("checkpoint-*")} == times
+    assert os.stat(tmp_path).st_ino == here and not list(tmp_path.glob(".adapters-*"))  # a mount point stays one
+    trained(adapted(), tmp_path, resume=str(tmp_path / "checkpoint-12"), max_steps=14, save_total_limit=3)
+    assert {d.name for d in tmp_path.glob("checkpoint-*")} == {"checkpoint-10", "checkpoint-12", "checkpoint-14"}
+
+
+def test_what_an_earlier_run_left_in_the_directory_is_not_taken_for_this_one_s(tmp_path):
+    trained(adapted(names=("a",)), tmp_path)
+    trainer = trained(
+        adapted(),
+        tmp_path,
+        load_best_model_at_end=True,
+        eval_strategy="steps",
+        eval_steps=2,
+        metric_for_best_model="loss",
+    )
+    assert trainer.state.best_model_checkpoint
+    with pytest.raises(StorageError, match="no checkpoint of adapters"):
+        trained(adapted(), tmp_path, resume=str(tmp_path / "checkpoint-4" / "a"))
+
+
+def test_all_adapters_are_restored_or_none(tmp_path):
+    configs, names = (CONFIG, LoRAConfig(r=1, targets="mlp")), ("default", "task-b")
+    trained(adapted(*configs, names=names), tmp_path, max_steps=2)
+    os.truncate(tmp_path / "checkpoint-2/task-b/adapter_model.safetensors", 100)
+    model = adapted(*configs, names=names)
+    before = states(model, True)
+    with pytest.raises(StorageError):
+        trained(model, tmp_path, resume=str(tmp_path / "checkpoint-2"))
+    assert equal(states(model, True), before)
+
+
+class Stop(Exception):
+    pass
+
+
+def test_a_run_after_one_that_was_interrupted(tmp_path):
+    callback = ScheduleCallback(LISA, active_layers=1, interval=2)
+    model = llama(layers=4)
+    trainer = Trainer(model, arguments(tmp_path), train_dataset=Sentences(), callbacks=[callback])
+
+    def stop(args, state, control, **kwargs):
+        if state.global_step == 3:
+            raise Stop
+
+    callback.on_step_begin = stop
+    with pytest.raises(Stop):
+        trainer.train()
+    assert not all(p.requires_grad for p in model.parameters())
+    del callback.on_step_begin
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert callback.schedule.steps == 6 and all(p.requires_grad for p in model.parameters())
+    wrong = ScheduleCallback(LISA, active_layers=2, interval=2)
+    with pytest.raises(ValueError, match="saved with active_layers=1"):
+        trained(model, tmp_path, cls=Trainer, callbacks=[wrong], resume=str(tmp_path / "checkpoint-4"))
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_each_run_of_half_fine_tuning_is_a_round(tmp_path):
+    callback, model, seen = ScheduleCallback(HalfFineTuning), llama(layers=4), []
+    trainer = Trainer(model, arguments(tmp_path, save_strategy="no"), train_dataset=Sentences(), callbacks=[callback])
+    callback.on_step_begin = lambda *_, **__: seen.append(tuple(callback.schedule.trained))
+    trainer.train(), trainer.train()
+    assert len(set(seen[:6])) == len(set(seen[6:])) == 1 and seen[0] != seen[6]
+
+
+def test_a_schedule_beside_adapters_with_the_plain_trainer(tmp_path):
+    def run(folder, resume=None):
+        model = adapted(layers=4)
+        callback = ScheduleCallback(LISA, active_layers=1, interval=2)
+        trainer = Trainer(
+            model, arguments(folder), train_dataset=Sentences(), callbacks=[callback],
+            optimizers=(torch.optim.AdamW(model.parameters(), lr=1e-2), None),
+        )  # fmt: skip
+        trainer.train(resume_from_checkpoint=resume)
+        return model
+
+    whole = run(tmp_path / "a")
+    assert equal(run(tmp_path / "b", str(tmp_path / "a/checkpoint-4")).state_dict(), whole.state_dict())
+    start = adapted(layers=4)
+    assert not equal(states(whole, True), states(start, True)) and not equal(states(whole, False), states(start, False))

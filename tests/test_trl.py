@@ -109,8 +109,33 @@ def test_a_reference_with_an_earlier_adapter(tokenizer, tmp_path):
         for p in peftkit.parameters(model, "dpo"):
             p.add_(0.2)
     assert torch.equal(evaluated(reference, ids()), evaluated(alone.eval(), ids()))
-    trainer = dpo(model, tokenizer, tmp_path, ref_model=reference)
-    assert losses(trainer)[0] != pytest.approx(math.log(2), abs=1e-4)
+    with pytest.raises(ValueError, match="'sft' is trained, so the reference would change"):
+        dpo(model, tokenizer, tmp_path / "2", ref_model=reference)
+    for p in (*peftkit.parameters(model, "sft"), *peftkit.parameters(policy := copy.deepcopy(model), "sft")):
+        p.requires_grad_(False)
+    trainer = dpo(policy, tokenizer, tmp_path, cls=DPOTrainer, ref_model=alone, save_strategy="no")
+    found = dpo(model, tokenizer, tmp_path / "2", ref_model=Reference(model, "sft"), save_strategy="no")
+    assert losses(found) == losses(trainer) and losses(found)[0] != pytest.approx(math.log(2), abs=1e-4)
+
+
+def test_an_adapter_that_was_trained_before_names_its_reference(tokenizer, tmp_path):
+    model = adapted(LoRAConfig(r=2))
+    with torch.no_grad():
+        for p in peftkit.parameters(model):
+            p.add_(0.2)
+    peftkit.save(model, tmp_path / "sft")
+    with pytest.raises(ValueError, match="'default' changes the output before training begins, so name the reference"):
+        dpo(model, tokenizer, tmp_path)
+    model = llama()
+    peftkit.load(model, tmp_path / "sft", name="ref")
+    peftkit.load(model, tmp_path / "sft", trainable=True)
+    trainer = dpo(model, tokenizer, tmp_path, ref_model=Reference(model, "ref"))
+    assert losses(trainer)[0] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_a_reference_that_shares_its_weights_is_not_synchronised(tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="sync_ref_model changes the reference's weights"):
+        dpo(adapted(LoRAConfig(r=2)), tokenizer, tmp_path, train=False, sync_ref_model=True)
 
 
 def test_precomputed_log_probabilities_are_the_bases(tokenizer, tmp_path):

@@ -24,10 +24,10 @@ def check_base_frozen(model: nn.Module) -> None:
     Raises:
         ValueError: no adapter is attached, or naming a parameter of the base that is trained.
     """
-    root, _ = ledger.require(model)
-    for name, p in root.named_parameters():
+    ledger.require(model)
+    for name, p in model.named_parameters():
         if p.requires_grad and not of_adapter(name):
             raise ValueError(
-                f"{name} is trained and belongs to no adapter, so an adapter's checkpoint would lose it; name its module in "
-                "also_train, set its requires_grad to False, or keep whole checkpoints"
+                f"{name} is trained and belongs to no adapter, so an adapter's checkpoint would lose it; inject on the "
+                "whole model and name its module in also_train, set its requires_grad to False, or keep whole checkpoints"
             )

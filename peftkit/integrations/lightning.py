@@ -1,20 +1,23 @@
 """Lightning: checkpoints without the base's weights, and schedules, as callbacks.
 
-Lightning lets a callback change a checkpoint that is written, but reads the model before any callback sees the file. What
-is missing there is therefore answered by a `load_state_dict` post-hook, which torch has for this, on the LightningModule
-while the Trainer works with it: frozen weights of the base count as given, all else is as strict as before.
+Lightning lets a callback change a checkpoint that is written, but reads the model before any callback sees the file. So the
+checkpoint's `state_dict` says itself what was left out of it, of which adapters and of which base; hooks of
+`load_state_dict`, which torch has for this, read that: exactly what was left out counts as given, all else is strict.
 """
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from peftkit import ledger, storage
+from peftkit import api, ledger, storage
 from peftkit.integrations.base_weights import of_adapter
-from peftkit.schedules.schedule import Schedule, SteppedSchedule
+from peftkit.integrations.runs import Runs
+from peftkit.schedules.schedule import Schedule
 from peftkit.storage import StorageError
 
 if TYPE_CHECKING:
@@ -32,81 +35,44 @@ else:
 
 __all__ = ["AdapterCheckpoints", "ScheduleCallback", "without_base"]
 
-_KEY = "peftkit"  # in the checkpoint: what each adapter is, and the fingerprint of its base
+Handles = tuple[RemovableHandle, ...]
+_KEY = "peftkit_left_out"  # in the `state_dict` of a checkpoint
 
 
-def without_base(module: nn.Module) -> RemovableHandle:
-    """Let `module.load_state_dict(strict=True)` accept a state without the frozen weights of the base.
+def without_base(module: nn.Module) -> Handles:
+    """Let `module.load_state_dict` read states that `AdapterCheckpoints` wrote, as strictly as any other.
 
     `AdapterCheckpoints` does it for the Trainer. Call it at the end of a LightningModule's `__init__`, after attaching,
-    for `load_from_checkpoint`. Everything else that is missing or unexpected is an error as before.
+    for `load_from_checkpoint`.
     """
-
-    def forgive(module: nn.Module, incompatible: Any) -> None:
-        # the hook is told names as seen from `module` alone
-        known = frozen(module)
-        incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if key not in known]
-
-    return module.register_load_state_dict_post_hook(forgive)
+    reading = _Reading()
+    return (
+        module.register_load_state_dict_pre_hook(reading.before),
+        module.register_load_state_dict_post_hook(reading.after),
+    )
 
 
-def frozen(module: nn.Module) -> set[str]:
-    """The names of the base's parameters that are not trained, in the part of `module` that adapters were attached to.
-
-    Raises:
-        ValueError: nothing is attached.
-    """
-    root, _ = ledger.require(module)
-    at = next(name for name, inside in module.named_modules() if inside is root)
-    prefix = f"{at}." if at else ""
-    found = root.named_parameters(remove_duplicate=False)
-    return {prefix + name for name, p in found if not (p.requires_grad or of_adapter(name))}
-
-
-class AdapterCheckpoints(Callback):
-    """Leave the base's frozen weights out of the checkpoints, and read such checkpoints, strictly, into what is attached.
-
-    A checkpoint then holds the adapters, whatever else is trained, all buffers, and what Lightning keeps. Attach the same
-    adapters, in the LightningModule's `__init__` or `configure_model`, before going on from one. For a directory that peft
-    reads, call `peftkit.save` on the model.
-
-    Raises:
-        ValueError: nothing is attached; a `ModelCheckpoint` with `save_weights_only=True`, in which callbacks have no say.
-        StorageError: a checkpoint of other adapters or of another base.
-    """
+class _Reading:
+    """The two hooks, and what passes from the one to the other: what the state says of itself."""
 
     def __init__(self) -> None:
-        self._hook: RemovableHandle | None = None
+        self.about: dict[str, Any] | None = None
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        for one in trainer.checkpoint_callbacks:
-            if getattr(one, "save_weights_only", False):
-                raise ValueError(
-                    f"{type(one).__name__}(save_weights_only=True) asks no callback, so the base would be written whole; "
-                    "leave it False: without the base, optimizer states are what is left"
-                )
-        if self._hook is None:
-            self._hook = without_base(pl_module)
+    def before(self, module: nn.Module, state_dict: dict[str, Any], *_: Any) -> None:
+        written = state_dict.pop(_KEY, None)
+        self.about = None if written is None else json.loads(bytes(written.tolist()))
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
+    def after(self, module: nn.Module, incompatible: Any) -> None:
+        """Compare with what is attached, once the base holds what the state has of it.
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        ledger.require(pl_module)
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        left_out = frozen(pl_module)
-        state = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {key: t for key, t in state.items() if key not in left_out}
-        checkpoint[_KEY] = _identities(pl_module)
-
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        kept = checkpoint.get(_KEY)
-        if kept is None:
-            return  # one with the base in it
-        _, record = ledger.require(pl_module)
+        Raises:
+            StorageError: other adapters, other settings, or another base.
+        """
+        if self.about is None:
+            return  # a state with the base in it
+        left_out, kept = self.about["left_out"], self.about["adapters"]
+        incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if key not in left_out]
+        _, record = ledger.require(module)
         if kept.keys() != record.attachments.keys():
             raise StorageError(
                 f"the checkpoint is of the adapters {sorted(kept)}, and attached are {sorted(record.attachments)}; attach "
@@ -116,15 +82,82 @@ class AdapterCheckpoints(Callback):
             storage.check_identity(kept[name], attachment)
 
 
-def _identities(module: nn.Module) -> dict[str, Any]:
-    _, record = ledger.require(module)
-    return {name: storage.identity(attachment) for name, attachment in record.attachments.items()}
+class AdapterCheckpoints(Callback):
+    """Leave the base's frozen weights out of the checkpoints, and read such checkpoints, strictly, into what is attached.
+
+    A checkpoint then holds the adapters, whatever else has been trained for a step or more, all buffers, and what Lightning
+    keeps. Attach the same adapters, in the LightningModule's `__init__` or `configure_model`, before going on from one. For
+    a directory that peft reads, call `peftkit.save` on the model.
+
+    Raises:
+        ValueError: nothing is attached or trained; a `ModelCheckpoint` with `save_weights_only=True`, in which callbacks
+            have no say.
+        StorageError: a checkpoint of other adapters or of another base.
+    """
+
+    def __init__(self) -> None:
+        self._hooks: Handles = ()
+        self._trained: set[str] = set()  # names of what has been trained in this fit or in one that it goes on from
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        for one in trainer.checkpoint_callbacks:
+            if getattr(one, "save_weights_only", False):
+                raise ValueError(
+                    f"{type(one).__name__}(save_weights_only=True) asks no callback, so the base would be written whole; "
+                    "leave it False: without the base, optimizer states are what is left"
+                )
+        self._remove()
+        self._hooks = without_base(pl_module)
+        if stage == "fit":
+            self._trained = set()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._remove()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._remove()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        api.parameters(pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._trained |= {name for name, p in pl_module.named_parameters() if p.requires_grad}
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        there = ledger.find(pl_module)
+        if there is None:
+            return  # ejected, or merged for good: what is left is a whole model
+        root, record = there
+        own = {id(p) for name, p in root.named_parameters() if not of_adapter(name)}
+        trained = {id(p) for n, p in pl_module.named_parameters() if p.requires_grad or n in self._trained}
+        everywhere = pl_module.named_parameters(remove_duplicate=False)  # a model may stand under several names
+        left_out = {name for name, p in everywhere if id(p) in own - trained}
+        about = {
+            "left_out": sorted(left_out),
+            "adapters": {name: storage.identity(attachment) for name, attachment in record.attachments.items()},
+        }
+        kept = {key: t for key, t in checkpoint["state_dict"].items() if key not in left_out}
+        kept[_KEY] = torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8)
+        checkpoint["state_dict"] = kept
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"trained": sorted(self._trained)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._trained |= set(state_dict.get("trained", ()))
+
+    def _remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = ()
 
 
 class ScheduleCallback(Callback):
     """A schedule over a fit: made from the first optimizer when training begins, stepped after each optimizer step.
 
-    Its state is in every checkpoint, and a resumed fit goes on exactly.
+    Its state is in every checkpoint, and a resumed fit goes on exactly. Each fit with `HalfFineTuning` is a round.
 
     Args:
         schedule: its class, such as `LISA`.
@@ -137,20 +170,20 @@ class ScheduleCallback(Callback):
         ValueError: several optimizers; as the schedule.
     """
 
-    schedule: Schedule | None
-
     def __init__(self, schedule: type[Schedule], **settings: Any):
-        self._make, self._settings = schedule, settings
-        self.schedule = None
+        self._runs = Runs(schedule, settings)
         self._kept: dict[str, Any] | None = None
         self._steps = 0
+
+    @property
+    def schedule(self) -> Schedule | None:
+        return self._runs.schedule
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if len(trainer.optimizers) != 1:
             raise ValueError(f"a schedule switches what one optimizer trains, and there are {len(trainer.optimizers)}")
-        self.schedule = self._make(pl_module, trainer.optimizers[0], **self._settings)
-        if self._kept is not None:
-            self.schedule.load_state_dict(self._kept)
+        kept, self._kept = self._kept, None
+        self._runs.begin(pl_module, trainer.optimizers[0], kept)
         self._steps = trainer.global_step
 
     def on_train_batch_end(
@@ -159,12 +192,13 @@ class ScheduleCallback(Callback):
         if trainer.global_step == self._steps:
             return  # gradients are being accumulated
         self._steps = trainer.global_step
-        if isinstance(self.schedule, SteppedSchedule):
-            self.schedule.step()
+        self._runs.step()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.schedule is not None:
-            self.schedule.close()
+        self._runs.end()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._runs.end()
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self.schedule is None else {"schedule": self.schedule.state_dict()}

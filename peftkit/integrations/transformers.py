@@ -9,8 +9,10 @@ transformers means subclasses to override; nothing else is.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +20,9 @@ import torch
 from torch import nn
 
 from peftkit import api, ledger
-from peftkit.integrations.base_weights import base_state, check_base_frozen
-from peftkit.schedules.schedule import Schedule, SteppedSchedule
+from peftkit.integrations.base_weights import base_state, check_base_frozen, of_adapter
+from peftkit.integrations.runs import Runs
+from peftkit.schedules.schedule import Schedule
 from peftkit.storage import StorageError, layout
 
 try:
@@ -32,6 +35,7 @@ except ImportError as error:
 __all__ = ["AdapterCheckpoints", "AdapterTrainer", "ScheduleCallback", "save_pretrained"]
 
 _DEFAULT = "default"  # lies in the directory itself, as in peft; others in one of their name inside
+_ADAPTERS = "peftkit_adapters.json"  # the names of those in a checkpoint; what else lies there may be older
 _TRAINING_ARGS = "training_args.bin"
 _SCHEDULE = "peftkit_schedule"  # in `trainer_state.json`
 
@@ -63,6 +67,7 @@ class AdapterCheckpoints(_Base):
                 "Trainer there, and peftkit.save after training"
             )
         check_base_frozen(self._adapted())
+        self.add_callback(_Check())
 
     def _adapted(self) -> nn.Module:
         return self.model  # type: ignore[return-value]
@@ -95,34 +100,61 @@ class AdapterTrainer(AdapterCheckpoints, Trainer):
     """`transformers.Trainer` with `AdapterCheckpoints`."""
 
 
+class _Check(TrainerCallback):
+    """Refuses, before anything is trained, what no checkpoint of adapters would hold."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        api.parameters(kwargs["model"])
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        check_base_frozen(kwargs["model"])
+
+
 def _save_all(model: nn.Module, folder: str) -> None:
-    for name in api.adapters(model):
-        api.save(model, _place(folder, name), name=name)
+    """Write every attached adapter, and which those are.
+
+    File by file: `folder` may be a mount point, and holds older checkpoints where it is the run's own.
+    """
+    names = list(api.adapters(model))
+    os.makedirs(folder, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".adapters-", dir=folder) as fresh:
+        for name in names:
+            written, place = Path(fresh) / name, Path(_place(folder, name))
+            api.save(model, written, name=name)
+            place.mkdir(exist_ok=True)
+            for file in written.iterdir():
+                os.replace(file, place / file.name)
+    Path(folder, _ADAPTERS).write_text(json.dumps(names))
 
 
 def _restore_all(model: nn.Module, folder: str) -> None:
-    """Read every attached adapter; what is in the directory and what is attached must have the same names.
+    """Read every attached adapter, or none; what is in the directory and what is attached must have the same names.
 
     Raises:
-        StorageError: they have not, or as `peftkit.restore`.
+        StorageError: they have not, or as `peftkit.restore`; the model is as it was.
     """
-    attached, stored = set(api.adapters(model)), _stored(Path(folder))
+    file = Path(folder, _ADAPTERS)
+    if not file.exists():
+        raise StorageError(f"{folder} is no checkpoint of adapters: {_ADAPTERS} is missing")
+    attached, stored = set(api.adapters(model)), set(json.loads(file.read_text()))
     if attached != stored:
         raise StorageError(
             f"{folder} holds {_names(stored)}; attached: {_names(attached)}. Attach what was trained, under the same names, "
             "before resuming"
         )
-    for name in sorted(attached):
-        api.restore(model, _place(folder, name), name=name)
+    before = {key: t.clone() for key, t in model.state_dict().items() if of_adapter(key)}
+    try:
+        for name in sorted(attached):
+            api.restore(model, _place(folder, name), name=name)
+    except BaseException:
+        now = model.state_dict()
+        for key, t in before.items():
+            now[key].copy_(t)
+        raise
 
 
 def _place(folder: str, name: str) -> str:
     return folder if name == _DEFAULT else os.path.join(folder, name)
-
-
-def _stored(folder: Path) -> set[str]:
-    found = {_DEFAULT} if (folder / layout.CONFIG).exists() else set()
-    return found | {file.parent.name for file in folder.glob(f"*/{layout.CONFIG}")}
 
 
 def _names(names: set[str]) -> str:
@@ -135,8 +167,9 @@ def _names(names: set[str]) -> str:
 class ScheduleCallback(TrainerCallback):
     """A schedule over a run of the Trainer: made when training begins, stepped after each optimizer step, closed at the end.
 
-    Its state is in every checkpoint, and a resumed run goes on exactly. Without adapters, and so without
-    `AdapterCheckpoints`: what a schedule trains is the base.
+    Its state is in every checkpoint, and a resumed run goes on exactly. With the plain Trainer, whose checkpoints hold the
+    base that a schedule trains, not with `AdapterCheckpoints`. Each `train()` with `HalfFineTuning` is a round. After an
+    exception nobody tells a callback of, `schedule.close()` gives the model back; the next `train()` does so too.
 
     Args:
         schedule: its class, such as `LISA`.
@@ -146,26 +179,24 @@ class ScheduleCallback(TrainerCallback):
         schedule: the schedule of the run, from its beginning on.
     """
 
-    schedule: Schedule | None
-
     def __init__(self, schedule: type[Schedule], **settings: Any):
-        self._make, self._settings = schedule, settings
-        self.schedule = None
+        self._runs = Runs(schedule, settings)
+
+    @property
+    def schedule(self) -> Schedule | None:
+        return self._runs.schedule
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.schedule = self._make(kwargs["model"], kwargs["optimizer"], **self._settings)
         kept = state.stateful_callbacks.get(_SCHEDULE)
-        if kept is not None:
-            self.schedule.load_state_dict(kept)
-        elif state.global_step:
+        self._runs.begin(kwargs["model"], kwargs["optimizer"], kept)
+        if kept is None and state.global_step:
             logger.warning(
                 f"The run goes on from step {state.global_step} of a checkpoint without a schedule: "
-                f"{self._make.__name__} begins anew."
+                f"{self._runs.make.__name__} begins anew."
             )
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if isinstance(self.schedule, SteppedSchedule):
-            self.schedule.step()
+        self._runs.step()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # not as an ExportableState, which is made anew from JSON on request, and a class is none
@@ -173,8 +204,7 @@ class ScheduleCallback(TrainerCallback):
         state.stateful_callbacks[_SCHEDULE] = self.schedule.state_dict()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.schedule is not None:
-            self.schedule.close()
+        self._runs.end()
 
 
 # -- directories for from_pretrained ------------------------------------------------------------------------------------
@@ -195,10 +225,16 @@ def save_pretrained(
 
     Raises:
         NotMergeable: with `merged`, for an adapter that no weight can hold.
-        ValueError: without, not exactly one adapter is active, it is merged, or transformers would not attach it as the
-            same function; with, the directory holds an adapter, which would be added to the weights that hold it already.
+        ValueError: the model is quantised. Without `merged`: not exactly one adapter is active, it is merged, or
+            transformers would not attach it as the same function. With it: the directory holds an adapter, which would be
+            added to the weights that hold it already.
     """
     _, record = ledger.require(model)
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise ValueError(
+            "transformers writes a quantised model's tensors itself, adapters' too; write the adapter by peftkit.save, and "
+            "load it on the same quantised base"
+        )
     acting = api.active(model)
     if merged:
         _save_merged(model, path, [name for name in acting if name not in record.merged], **kwargs)

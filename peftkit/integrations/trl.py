@@ -7,8 +7,6 @@ calling the head, so an adapter there would neither act nor learn; the trainers 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 try:
@@ -17,9 +15,11 @@ try:
 except ImportError as error:
     raise ImportError("peftkit.integrations.trl needs trl: pip install 'peftkit[trl]'") from error
 
+import torch
 from torch import nn
 
 from peftkit import api, ledger
+from peftkit.eval_mode import evaluating
 from peftkit.holder import graft_of
 from peftkit.integrations.base_weights import base_state
 from peftkit.integrations.transformers import AdapterCheckpoints
@@ -62,27 +62,27 @@ class Reference(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # not `forward`: trainers replace that by one that reads the head's weight, which the policy has had already
-        with api.using(self._policy, *self._names), _evaluating(self._policy):
+        with api.using(self._policy, *self._names), evaluating(self._policy):
             return self._policy(*args, **kwargs)
+
+    def check_rests(self) -> None:
+        """Refuse a reference that would change while the policy is trained.
+
+        Raises:
+            ValueError: naming the adapter that is trained.
+        """
+        _, record = ledger.require(self._policy)
+        for attachment in record.named(self._names):
+            if any(p.requires_grad for p in attachment.parameters()):
+                raise ValueError(
+                    f"{attachment.name!r} is trained, so the reference would change with it; load it without trainable=True"
+                )
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The base's, by which TRL tells cached log-probabilities of different references apart."""
         if self._names:
             return self._policy.state_dict(*args, **kwargs)
         return base_state(self._policy)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """No dropout within, whatever mode each module is in."""
-    training = [m for m in model.modules() if m.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 class _Adapters(AdapterCheckpoints, _Base):
@@ -111,13 +111,37 @@ class AdapterDPOTrainer(_Adapters, DPOTrainer):
     """`trl.DPOTrainer` likewise; the reference is the model without adapters, or the `ref_model` that it is given.
 
     Raises:
-        As `AdapterSFTTrainer`.
+        As `AdapterSFTTrainer`; ValueError: adapters that change the output already, of which it cannot be told whether the
+            reference is to be with them (TRL would take a copy of a `PeftModel`'s) or without; `sync_ref_model`.
     """
 
     def __init__(self, model: Any, ref_model: Any = None, *args: Any, **kwargs: Any):
         if ref_model is None and isinstance(model, nn.Module):
             ref_model = Reference(model)
+            _check_fresh(model, ref_model)
+        elif isinstance(ref_model, Reference):
+            ref_model.check_rests()
         super().__init__(model, ref_model, *args, **kwargs)
+        if isinstance(ref_model, Reference) and getattr(self.args, "sync_ref_model", False):
+            raise ValueError(
+                "sync_ref_model changes the reference's weights, and here they are the policy's; give a copy"
+            )
+
+
+def _check_fresh(model: nn.Module, base: Reference) -> None:
+    inputs: Any = getattr(model, "dummy_inputs", None)
+    if inputs is None:
+        return
+    device = next(model.parameters()).device
+    with torch.no_grad(), evaluating(model):
+        given = {key: value.to(device) for key, value in inputs.items()}
+        same = torch.equal(model(**given).logits, base(**given).logits)
+    if not same:
+        raise ValueError(
+            f"{', '.join(map(repr, api.active(model)))} changes the output before training begins, so name the reference: "
+            "ref_model=Reference(model) is the base; for the adapter as it is now load it a second time, "
+            "peftkit.load(model, path, name='ref'), before the one that is trained, and give Reference(model, 'ref')"
+        )
 
 
 def _check_head(model: nn.Module) -> None:

@@ -98,8 +98,9 @@ def _carry_over(old: Path, new: Path) -> None:
         elif left.is_dir():
             if not there.exists():
                 there.mkdir()
-                shutil.copystat(left, there)
-            if there.is_dir():
+                _carry_over(left, there)
+                shutil.copystat(left, there)  # last: what goes in changes when it was modified
+            elif there.is_dir():
                 _carry_over(left, there)
         elif not there.exists():
             try:
