@@ -19,9 +19,7 @@ from peftkit.sites import Site, walk
 from peftkit.targets import Pattern, Patterns, TargetError, heads, nearest
 
 Blocks = Pattern | Sequence[Pattern] | Sequence[nn.Module] | nn.Module
-_HEADS = frozenset(
-    {"heads", "lm_heads", "classifiers", "prediction_heads"}
-)  # lists of them; single ones `targets` knows
+_HEADS = frozenset({"heads", "lm_heads", "classifiers", "prediction_heads"})  # `targets` knows single ones
 _COMPILED = "_orig_mod"  # where `torch.compile(module)` keeps the module
 
 
@@ -100,7 +98,9 @@ def depths(model: nn.Module, blocks: Sequence[Block]) -> dict[int, int]:
             return max(passed, numbers[at])
         above = len(blocks) + 1
         if at in holding:
-            found.setdefault(at, passed if passed < len(blocks) else above)
+            if at in found:  # it holds itself, or stands in two places
+                return passed
+            found[at] = passed if passed < len(blocks) else above
             for child in by_last_mention(module):
                 passed = visit(child, passed)
         elif at in of_heads:

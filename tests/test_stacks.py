@@ -202,3 +202,10 @@ def test_of_unlike_stacks_beside_each_other_the_longest_counts_and_of_equal_leng
     assert len(stacks.find(model, ["^attentions.0", "ffns.[012]"])) == 4
     model = nn.ModuleDict({"layer1": linears(2), "layer2": linears(3)})  # a ResNet's
     assert len(stacks.find(model)) == 5
+
+
+def test_a_model_that_holds_itself():
+    model = nn.ModuleDict({"layers": linears(2), "head": nn.Linear(4, 2)})
+    model.again = model
+    blocks = stacks.find(model, "layers.*")
+    assert stacks.depths(model, blocks)[id(model["head"])] == 3

@@ -104,7 +104,8 @@ class HalfFineTuning(Schedule):
         return len(set(chosen)) == len(chosen) and all(0 <= i < len(self._units) for i in chosen)
 
     def _on(self, chosen: Collection[int]) -> Collection[str]:
-        resting = {name for i, unit in enumerate(self._units) if i not in set(chosen) for name in unit}
+        training = set(chosen)
+        resting = {name for i, unit in enumerate(self._units) if i not in training for name in unit}
         return [name for name in self._turns.trained if name not in resting]
 
 
@@ -140,8 +141,6 @@ def _singles_together(
     """BERT's two feed-forward matrices lie in a module each: what is alone in its module makes one category of a block."""
     found: dict[tuple[str, int | None], dict[str, Unit]] = {}
     for (kind, block), held in units.items():
-        alone = (
-            len(held) == 1 and kind not in ("norm", "other") and sub_layer_named(kind.rpartition(".")[2]) != "attention"
-        )
-        found.setdefault(("feed-forward" if alone else kind, block), {}).update(held)
+        apart = kind in ("norm", "other") or sub_layer_named(kind.rpartition(".")[2]) == "attention"
+        found.setdefault((kind if apart or len(held) > 1 else "feed-forward", block), {}).update(held)
     return found

@@ -1,8 +1,8 @@
 """LISA: of all blocks a few train at a time, drawn anew every so many steps (Pan et al., arXiv 2403.17919, algorithm 1).
 
-The paper's settings: 2 blocks of a 7 B model, 4 of a 70 B one; 20 steps and fewer. The learning rate is that of full
-fine-tuning. Each run of its experiments between two switches began with a new optimizer; here what stays on (embedding,
-head, final norm, a block that is drawn again) keeps its moments, and a block that comes on starts with none.
+The paper's settings: 2 blocks of a 7 B model, 4 of a 70 B one; 20 steps and fewer. Each run of its experiments between two
+switches began with a new optimizer; here what stays on (embedding, head, final norm, a block that is drawn again) keeps
+its moments, and a block that comes on starts with none.
 """
 
 from __future__ import annotations

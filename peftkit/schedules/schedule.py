@@ -129,8 +129,8 @@ class Schedule(ABC):
             )
         self._check_open()
         chosen = state["chosen"]
-        whole = isinstance(chosen, list | tuple) and all(isinstance(i, int) for i in chosen)
-        if not whole or not self._may_choose(list(chosen)) or not _counts(state):
+        plain = isinstance(chosen, list | tuple) and all(isinstance(i, int) for i in chosen)
+        if not plain or not self._may_choose(list(chosen)) or not _counts(state):
             raise ValueError(
                 f"this is no state of a {own['schedule']}: switches={state['switches']!r}, chosen={chosen!r}"
             )
