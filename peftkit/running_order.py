@@ -69,7 +69,13 @@ def _mentioned(cls: type, method: str, above: tuple[str, ...] = ()) -> tuple[str
     """Every `self.name` in a method, in the order of the source; its own methods are followed."""
     tree = _tree(cls, method)
     names: list[str] = []
-    nodes = [n for n in ast.walk(tree) if _of_self(n) is not None] if tree is not None else []
+    everywhere = list(ast.walk(tree)) if tree is not None else []
+    nodes = [n for n in everywhere if _of_self(n) is not None]
+    # `self.tower.patch_size` reads a setting of what runs elsewhere
+    called = {id(n.func) for n in everywhere if isinstance(n, ast.Call)}
+    reads = {id(n.value) for n in everywhere if isinstance(n, ast.Attribute) and id(n) not in called}
+    run = {_of_self(n) for n in nodes if id(n) not in reads}
+    nodes = [n for n in nodes if id(n) not in reads or _of_self(n) not in run]
     for node in sorted(nodes, key=lambda n: (n.lineno, n.col_offset)):  # type: ignore[attr-defined]
         name = _of_self(node)
         assert name is not None

@@ -244,13 +244,15 @@ def test_a_module_of_another_base_or_other_settings_is_not_made_from_a_checkpoin
             Other.load_from_checkpoint(tmp_path / "step=2.ckpt", weights_only=False)
 
 
-def test_a_schedule_beside_adapters_keeps_what_it_trained(tmp_path):
+@pytest.mark.parametrize("first", ["schedule", "checkpoints"])
+@pytest.mark.parametrize("interval", [1, 2])
+def test_a_schedule_beside_adapters_keeps_what_it_trained(first, interval, tmp_path):
     def run(folder, resume=None):
         task = Task(adapted(layers=4))
         every = torch.optim.AdamW(task.parameters(), lr=1e-2)
         task.configure_optimizers = lambda: every
-        schedule = ScheduleCallback(LISA, active_layers=1, interval=2)
-        fitted(task, folder, [schedule, AdapterCheckpoints(), Seeds()], resume)
+        both = [ScheduleCallback(LISA, active_layers=1, interval=interval), AdapterCheckpoints()]
+        fitted(task, folder, [*(both if first == "schedule" else both[::-1]), Seeds()], resume)
         return task
 
     whole = run(tmp_path / "a")
@@ -320,3 +322,22 @@ def test_what_is_not_trained_says_so_and_what_was_ejected_is_a_whole_model(tmp_p
     kept = torch.load(tmp_path / "merged.ckpt", weights_only=False)["state_dict"]
     assert kept.keys() == task.state_dict().keys()
     task.load_state_dict(kept)
+
+
+@pytest.mark.parametrize("how", ["the same module", "made from the checkpoint"])
+def test_a_second_fit_keeps_what_the_first_one_trained(how, tmp_path):
+    class Tuned(Task):
+        def __init__(self):
+            super().__init__(adapted(tie_word_embeddings=False))
+            without_base(self)
+
+    task = Tuned()
+    task.model.lm_head.requires_grad_(True)
+    fitted(task, tmp_path / "1", steps=2)
+    head = task.model.lm_head.weight.detach().clone()
+    if how != "the same module":
+        task = Tuned.load_from_checkpoint(tmp_path / "1/step=2.ckpt", weights_only=False)
+    task.model.lm_head.requires_grad_(False)
+    fitted(task, tmp_path / "2", steps=2)
+    again = Tuned.load_from_checkpoint(tmp_path / "2/step=2.ckpt", weights_only=False)
+    assert torch.equal(again.model.lm_head.weight, head) and not torch.equal(head, Tuned().model.lm_head.weight)

@@ -488,6 +488,32 @@ def test_what_is_injected_under_an_open_schedule_stays_alone_after_closing_it():
     assert [n for n, p in model.named_parameters() if not p.requires_grad] == ["lm_head.weight"]
 
 
+def test_closing_after_the_adapters_came_off_leaves_what_they_gave_back():
+    model = llama()
+    model.lm_head.requires_grad_(False)
+    peftkit.inject(model, LoRAConfig(r=2))
+    lisa = LISA(model, ADAM(model.parameters()))
+    peftkit.eject(model)
+    lisa.close()
+    assert [n for n, p in model.named_parameters() if not p.requires_grad] == ["lm_head.weight"]
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_a_copy_of_a_model_under_a_schedule_is_known_for_one(how):
+    model = llama()
+    peftkit.HalfFineTuning(model, ADAM(model.parameters()))
+    other = copy.deepcopy(model) if how == "deepcopy" else pickle.loads(pickle.dumps(model))
+    with pytest.raises(ValueError, match=r"rests in a HalfFineTuning.*requires_grad_\(True\) where it is gone"):
+        LISA(other, ADAM(other.parameters()))
+    other.requires_grad_(True)
+    other.model.layers[1].requires_grad_(False)  # by the user
+    blocks = ["model.layers.0", "model.layers.2"]
+    lisa = LISA(other, ADAM(other.parameters()), 2, blocks=blocks)
+    assert not any("layers.1." in name for name in lisa.trained)
+    lisa.close()
+    assert not any("_peftkit_rests" in vars(m) for m in other.modules())
+
+
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 def test_a_copy_goes_on_by_itself(how):
     model = llama()
@@ -532,12 +558,16 @@ def test_with_a_closure(kind):
     assert changed(bits(found[0]), found[1]) == set()
 
 
-def test_within_accelerate_s_accumulation_only_real_steps_count():
+@pytest.mark.parametrize("made", ["of what was prepared", "before"])
+def test_within_accelerate_s_accumulation_only_real_steps_count(made):
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=3)
-    model, optimizer = accelerator.prepare(m := llama().double(), torch.optim.SGD(m.parameters(), lr=0.1))
-    lisa = LISA(model, optimizer, interval=2)
+    model = llama().double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    lisa = LISA(model, optimizer, interval=2) if made == "before" else None
+    model, optimizer = accelerator.prepare(model, optimizer)
+    lisa = lisa or LISA(model, optimizer, interval=2)
     plain = llama().double()
     own = torch.optim.SGD(plain.parameters(), lr=0.1)
     beside = LISA(plain, own, interval=2)

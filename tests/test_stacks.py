@@ -149,6 +149,16 @@ def test_depth_goes_by_when_a_module_runs_not_by_when_it_was_registered():
     assert depths[id(model.model.decoder.layernorm_embedding)] == 2  # after the encoder, before the decoder's blocks
 
 
+def test_a_setting_that_is_read_later_does_not_move_what_ran_before():
+    text = {**TINY, "num_key_value_heads": 4}
+    vision = {**TINY, "image_size": 16, "patch_size": 8}
+    vision.pop("vocab_size")
+    config = hf.LlavaConfig(text_config=hf.LlamaConfig(**text), vision_config=hf.CLIPVisionConfig(**vision))
+    model = hf.LlavaForConditionalGeneration(config)
+    depths = stacks.depths(model, stacks.find(model))
+    assert depths[id(model.model.multi_modal_projector)] == 2  # between the tower's two blocks and the text's
+
+
 class NormFirst(nn.Module):
     """Registers what runs last first."""
 

@@ -279,6 +279,12 @@ def test_a_run_after_one_that_was_interrupted(tmp_path):
     del callback.on_step_begin
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert callback.schedule.steps == 6 and all(p.requires_grad for p in model.parameters())
+    callback.on_step_begin = stop
+    with pytest.raises(Stop):
+        trainer.train()
+    del callback.on_step_begin
+    trained(model, tmp_path / "new", cls=Trainer, callbacks=[callback])  # as a notebook's cell that is run again
+    assert callback.schedule.steps == 6 and all(p.requires_grad for p in model.parameters())
     wrong = ScheduleCallback(LISA, active_layers=2, interval=2)
     with pytest.raises(ValueError, match="saved with active_layers=1"):
         trained(model, tmp_path, cls=Trainer, callbacks=[wrong], resume=str(tmp_path / "checkpoint-4"))

@@ -133,6 +133,17 @@ def test_an_adapter_that_was_trained_before_names_its_reference(tokenizer, tmp_p
     assert losses(trainer)[0] == pytest.approx(math.log(2), abs=1e-6)
 
 
+@pytest.mark.parametrize("config", [LoRAConfig(r=2, init="pissa"), LoRAConfig(r=2, init="olora")], ids=lambda c: c.init)
+def test_a_fresh_adapter_needs_no_reference_named(config, tokenizer, tmp_path):
+    assert isinstance(dpo(adapted(config), tokenizer, tmp_path, train=False).ref_model, Reference)
+
+
+def test_a_model_that_cannot_be_asked_yet_is_taken(tokenizer, tmp_path, monkeypatch):
+    model = adapted(LoRAConfig(r=2))
+    monkeypatch.setattr(type(model), "dummy_inputs", property(lambda self: {"input_ids": torch.tensor([[10**6]])}))
+    assert isinstance(dpo(model, tokenizer, tmp_path, train=False).ref_model, Reference)
+
+
 def test_a_reference_that_shares_its_weights_is_not_synchronised(tokenizer, tmp_path):
     with pytest.raises(ValueError, match="sync_ref_model changes the reference's weights"):
         dpo(adapted(LoRAConfig(r=2)), tokenizer, tmp_path, train=False, sync_ref_model=True)

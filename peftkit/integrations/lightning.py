@@ -70,7 +70,7 @@ class _Reading:
         """
         if self.about is None:
             return  # a state with the base in it
-        left_out, kept = self.about["left_out"], self.about["adapters"]
+        left_out, kept = set(self.about["left_out"]), self.about["adapters"]
         incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if key not in left_out]
         _, record = ledger.require(module)
         if kept.keys() != record.attachments.keys():
@@ -80,6 +80,12 @@ class _Reading:
             )
         for name, attachment in record.attachments.items():
             storage.check_identity(kept[name], attachment)
+        _trained(module).update(n for n, p in module.named_parameters() if n not in left_out)
+
+
+def _trained(module: nn.Module) -> set[str]:
+    """The names of what has been trained in any fit, or came from a checkpoint: kept with the module, as the weights are."""
+    return vars(module).setdefault("_peftkit_trained", set())
 
 
 class AdapterCheckpoints(Callback):
@@ -97,7 +103,6 @@ class AdapterCheckpoints(Callback):
 
     def __init__(self) -> None:
         self._hooks: Handles = ()
-        self._trained: set[str] = set()  # names of what has been trained in this fit or in one that it goes on from
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         for one in trainer.checkpoint_callbacks:
@@ -108,8 +113,6 @@ class AdapterCheckpoints(Callback):
                 )
         self._remove()
         self._hooks = without_base(pl_module)
-        if stage == "fit":
-            self._trained = set()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._remove()
@@ -120,10 +123,9 @@ class AdapterCheckpoints(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         api.parameters(pl_module)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        self._trained |= {name for name, p in pl_module.named_parameters() if p.requires_grad}
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        # before a schedule may switch
+        _trained(pl_module).update(name for name, p in pl_module.named_parameters() if p.requires_grad)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         there = ledger.find(pl_module)
@@ -131,7 +133,7 @@ class AdapterCheckpoints(Callback):
             return  # ejected, or merged for good: what is left is a whole model
         root, record = there
         own = {id(p) for name, p in root.named_parameters() if not of_adapter(name)}
-        trained = {id(p) for n, p in pl_module.named_parameters() if p.requires_grad or n in self._trained}
+        trained = {id(p) for n, p in pl_module.named_parameters() if p.requires_grad or n in _trained(pl_module)}
         everywhere = pl_module.named_parameters(remove_duplicate=False)  # a model may stand under several names
         left_out = {name for name, p in everywhere if id(p) in own - trained}
         about = {
@@ -141,12 +143,6 @@ class AdapterCheckpoints(Callback):
         kept = {key: t for key, t in checkpoint["state_dict"].items() if key not in left_out}
         kept[_KEY] = torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8)
         checkpoint["state_dict"] = kept
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"trained": sorted(self._trained)}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._trained |= set(state_dict.get("trained", ()))
 
     def _remove(self) -> None:
         for hook in self._hooks:

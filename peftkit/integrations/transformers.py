@@ -168,8 +168,9 @@ class ScheduleCallback(TrainerCallback):
     """A schedule over a run of the Trainer: made when training begins, stepped after each optimizer step, closed at the end.
 
     Its state is in every checkpoint, and a resumed run goes on exactly. With the plain Trainer, whose checkpoints hold the
-    base that a schedule trains, not with `AdapterCheckpoints`. Each `train()` with `HalfFineTuning` is a round. After an
-    exception nobody tells a callback of, `schedule.close()` gives the model back; the next `train()` does so too.
+    base that a schedule trains, not with `AdapterCheckpoints`. Each `train()` with `HalfFineTuning` is a round. No
+    callback is told of an exception: after one, the next Trainer with this callback begins as it should, and for anything
+    else `schedule.close()` gives the model back.
 
     Args:
         schedule: its class, such as `LISA`.
@@ -185,6 +186,9 @@ class ScheduleCallback(TrainerCallback):
     @property
     def schedule(self) -> Schedule | None:
         return self._runs.schedule
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._runs.end()  # before a new Trainer makes its optimizer of what is on
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         kept = state.stateful_callbacks.get(_SCHEDULE)

@@ -132,10 +132,15 @@ def _check_fresh(model: nn.Module, base: Reference) -> None:
     inputs: Any = getattr(model, "dummy_inputs", None)
     if inputs is None:
         return
-    device = next(model.parameters()).device
-    with torch.no_grad(), evaluating(model):
-        given = {key: value.to(device) for key, value in inputs.items()}
-        same = torch.equal(model(**given).logits, base(**given).logits)
+    try:
+        device = next(model.parameters()).device
+        with torch.no_grad(), evaluating(model):
+            given = {key: value.to(device) for key, value in inputs.items()}
+            ours, theirs = model(**given).logits, base(**given).logits
+    except Exception:  # the model is not where it computes yet, or takes no such inputs; then nothing is known
+        return
+    close = 1e-4 if ours.dtype in (torch.float32, torch.float64) else 2e-2  # a fresh PiSSA is the base but for rounding
+    same = torch.allclose(ours, theirs, rtol=close, atol=close, equal_nan=True)
     if not same:
         raise ValueError(
             f"{', '.join(map(repr, api.active(model)))} changes the output before training begins, so name the reference: "

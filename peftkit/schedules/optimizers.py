@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -30,10 +31,10 @@ def plain_optimizers(given: Any) -> list[torch.optim.Optimizer]:
     return found
 
 
-def accumulates(given: Any) -> bool:
-    """Whether accelerate has just swallowed a step, since gradients are still being accumulated."""
-    states = [getattr(one, "gradient_state", None) for one in (given if isinstance(given, list | tuple) else (given,))]
-    return any(not getattr(state, "sync_gradients", True) for state in states)
+def accumulates() -> bool:
+    """Whether accelerate, where it is in use, is between two steps of an accumulation."""
+    accelerate = sys.modules.get("accelerate.state")
+    return accelerate is not None and not accelerate.GradientState().sync_gradients
 
 
 def _plain(optimizer: Any) -> torch.optim.Optimizer:

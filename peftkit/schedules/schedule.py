@@ -37,7 +37,6 @@ class Schedule(ABC):
     ):
         self.blocks = stacks.find(model, blocks)
         self._settings = {key: whole(value) for key, value in settings.items()}
-        self._given = optimizer
         self._check_settings()
         self._turns = Turns(model, optimizer, type(self).__name__, check_ranks=ranked)
         if ranked:
@@ -47,6 +46,7 @@ class Schedule(ABC):
         self._chosen: list[int] = []
         self._prepare(model)
         self._open = True
+        self._stepped = False  # whether an optimizer has, since the last call of `step`
         self._watch()
         self._switch()
 
@@ -165,6 +165,7 @@ class Schedule(ABC):
         self._turns.check()
         self._turns.sweep()
         fill_in(optimizer)
+        self._stepped = True
 
     def _check_open(self) -> None:
         if not self._open:
@@ -206,7 +207,8 @@ class SteppedSchedule(Schedule):
         """
         self._check_open()
         self._turns.check()
-        if accumulates(self._given):
+        stepped, self._stepped = self._stepped, False
+        if not stepped and accumulates():
             return
         if (self.steps + 1) % self._settings["interval"] == 0:
             self._switch()

@@ -14,7 +14,7 @@ from peftkit.sites import walk
 from peftkit.stacks import Block, plain_name, unwrapped
 
 Place = tuple[nn.Module, str]
-_RESTS = "_peftkit_rests"  # on a parameter that a schedule has turned off: whose doing it is
+_RESTS = "_peftkit_rests"  # on a module, of which parameters a schedule has turned off: whose doing it is
 
 
 class Turns:
@@ -93,11 +93,9 @@ class Turns:
             wanted = name in self._on
             if p.requires_grad != wanted:
                 p.requires_grad_(wanted)
-            if wanted:
-                vars(p).pop(_RESTS, None)
-            else:
+            if not wanted:
                 p.grad = None
-                setattr(p, _RESTS, self.who)
+            self._mark(name, rests=not wanted)
 
     def sweep(self) -> None:
         """Drop the optimizer's state of all that rests."""
@@ -126,16 +124,27 @@ class Turns:
                 )
 
     def close(self) -> None:
-        """Every flag as it was found; what `inject` has frozen meanwhile stays frozen, and is on again after `eject`."""
+        """Every flag as it was found, as far as adapters are as they were: what `inject` has frozen meanwhile stays frozen
+        and is on again after `eject`, and what `eject` has turned on stays on.
+        """
         now = _record(self._model)
-        injected = now if now is not self._record else None
-        noted = {(id(module), key) for module, key in injected.frozen} if injected is not None else set()
+        noted = {(id(module), key) for module, key in now.frozen} if now is not None else set()
         for name, p in self.trained.items():
-            vars(p).pop(_RESTS, None)
-            p.requires_grad_(self._before[name] and injected is None)
-            if injected is not None and self._before[name]:
-                injected.frozen += [(m, key) for m, key in self.places[name] if (id(m), key) not in noted]
+            self._mark(name, rests=False)
+            p.requires_grad_(now is None or (now is self._record and self._before[name]))
+            if now is not None and now is not self._record:
+                now.frozen += [(m, key) for m, key in self.places[name] if (id(m), key) not in noted]
         self._on = None
+
+    def _mark(self, name: str, *, rests: bool) -> None:
+        # on the modules, whose attributes a copy keeps and a parameter's does not
+        for holder, key in self.places[name]:
+            if rests:
+                vars(holder).setdefault(_RESTS, {})[key] = self.who
+            elif _RESTS in vars(holder):
+                vars(holder)[_RESTS].pop(key, None)
+                if not vars(holder)[_RESTS]:
+                    del vars(holder)[_RESTS]
 
     def _check_merged(self) -> None:
         if self._record is not None and self._record.merged:
@@ -148,15 +157,23 @@ class Turns:
 def check_nobody_else(model: nn.Module) -> None:
     """Refuse a model in which a schedule that was not closed has turned parameters off: they are not the user's frozen ones.
 
+    Where something is on that it had turned off, somebody took over, and what it said counts no more.
+
     Raises:
-        ValueError: naming it.
+        ValueError: naming a parameter.
     """
-    for name, p in model.named_parameters():
-        if (whose := getattr(p, _RESTS, None)) is not None and not p.requires_grad:
-            raise ValueError(
-                f"{name!r} rests in a {whose} that was not closed; close() that one first (and for another "
-                "optimizer, new.load_state_dict(old.state_dict())), or turn all on by requires_grad_(True) where it is gone"
-            )
+    marked = [(site, key, whose) for site in walk(model) for key, whose in vars(site.module).get(_RESTS, {}).items()]
+    held = [(site, key, whose, site.module._parameters.get(key)) for site, key, whose in marked]
+    if any(p is not None and p.requires_grad for *_, p in held):
+        for site, *_ in held:
+            vars(site.module).pop(_RESTS, None)
+        return
+    for site, key, whose, _ in held:
+        raise ValueError(
+            f"{plain_name(f'{site.name}.{key}')!r} rests in a {whose} that was not closed; close() that one first (and for "
+            "another optimizer, new.load_state_dict(old.state_dict())), or turn all on by requires_grad_(True) where it is "
+            "gone"
+        )
 
 
 def _record(model: nn.Module) -> ledger.Ledger | None:
