@@ -10,6 +10,7 @@ import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -61,7 +62,8 @@ def from_tree(built: Callable[[str], Path], _: Path) -> Path:
 def from_sdist(built: Callable[[str], Path], tmp_path: Path) -> Path:
     """The wheel of a source distribution."""
     with tarfile.open(built("sdist")) as sdist:
-        sdist.extractall(tmp_path, filter="data")
+        safely: Any = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # not in Python 3.11.2
+        sdist.extractall(tmp_path, **safely)
     (source,) = tmp_path.iterdir()
     return build(source, "wheel")
 
