@@ -164,7 +164,7 @@ def _computes(module: nn.Module) -> bool:
         return True
     if isinstance(module, _LISTS) or linear_sizes(module) is not None:
         return False
-    return len(_matrices(module)) > 1 and not _convolves(module)
+    return len(matrices(module)) > 1 and not _convolves(module)
 
 
 def _kind_by_name(name: str, module: nn.Module) -> str | None:
@@ -282,12 +282,12 @@ def _ends(module: nn.Module) -> Sizes | None:
 
 def _common_width(module: nn.Module) -> int | None:
     """The one size that every matrix in it has: a stack of experts and its router agree on nothing else."""
-    matrices = [set(shape) for shape in _matrices(module)]
-    common = functools.reduce(set.intersection, matrices) if matrices else set()
+    shapes = [set(shape) for shape in matrices(module)]
+    common = functools.reduce(set.intersection, shapes) if shapes else set()
     return common.pop() if len(common) == 1 else None
 
 
-def _matrices(module: nn.Module) -> list[tuple[int, ...]]:
+def matrices(module: nn.Module) -> list[tuple[int, ...]]:
     """The last two sizes of every matrix and every stack of matrices in it, embeddings left out."""
     found: list[tuple[int, ...]] = []
     for _, inner in everything_in(module):

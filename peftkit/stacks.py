@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from peftkit.blocks import everything_in, linear_sizes
+from peftkit.blocks import matrices
 from peftkit.holder import original_class
 from peftkit.running_order import by_last_mention, children
 from peftkit.sites import Site, walk
@@ -158,22 +158,11 @@ def _members(stack: nn.Module) -> list[nn.Module]:
     members = [m for _, m in children(stack)]
     if isinstance(stack, nn.Sequential) and (len(members) < 2 or len({_class(m) for m in members}) > 1):
         return []
-    return members if members and all(_matrices(m) > 1 for m in members) else []
+    return members if members and all(len(matrices(m)) > 1 for m in members) else []
 
 
 def _class(module: nn.Module) -> type[nn.Module]:
     return original_class(module._modules.get(_COMPILED) or module)
-
-
-def _matrices(module: nn.Module) -> int:
-    count = 0
-    for _, inner in everything_in(module):
-        if linear_sizes(inner) is not None:  # whatever its weight looks like: packed ones are flat
-            count += 1
-        elif not isinstance(inner, nn.Embedding):
-            held = (p for p in inner._parameters.values() if p is not None)
-            count += sum(not nn.parameter.is_lazy(p) and p.dim() > 1 for p in held)
-    return count
 
 
 def _named(sites: Sequence[Site], given: Blocks) -> set[int]:

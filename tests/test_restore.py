@@ -111,10 +111,13 @@ def test_a_pattern_may_be_said_otherwise(tmp_path):
     model = bert()
     peftkit.inject(model, LoRAConfig(r=2, targets=["query", "value"]))
     draw(model, 1)
+    expected = {k: t.clone() for k, t in model.state_dict().items()}
     peftkit.save(model, tmp_path / "a")
     peftkit.eject(model)
     peftkit.inject(model, LoRAConfig(r=2, targets=lambda name, module: name.endswith(("query", "value"))))
     peftkit.restore(model, tmp_path / "a")
+    found = model.state_dict()
+    assert found.keys() == expected.keys() and all(torch.equal(t, found[k]) for k, t in expected.items())
 
 
 def test_not_into_a_merged_one_nor_another_base(tmp_path):

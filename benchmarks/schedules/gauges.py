@@ -37,12 +37,16 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 def resident() -> int:
     """Bytes that are resident now."""
-    return _status("VmRSS")
+    with contextlib.suppress(OSError):
+        for line in STATUS.read_text().splitlines():
+            if line.startswith("VmRSS:"):
+                return 1024 * int(line.split()[1])
+    return 0
 
 
 def peak() -> int:
     """The most bytes that were resident since `forget_peak`; where the system forgets none, since the process began."""
-    return _status("VmHWM") or peak_memory()
+    return peak_memory()
 
 
 def forget_peak() -> None:
@@ -50,11 +54,3 @@ def forget_peak() -> None:
     gc.collect()
     with contextlib.suppress(OSError):
         CLEAR.write_text("5")
-
-
-def _status(key: str) -> int:
-    with contextlib.suppress(OSError):
-        for line in STATUS.read_text().splitlines():
-            if line.startswith(key + ":"):
-                return 1024 * int(line.split()[1])
-    return 0

@@ -191,11 +191,7 @@ class Schedule(ABC):
 class SteppedSchedule(Schedule):
     """One that switches by itself: every `interval` calls of `step`."""
 
-    def __init__(
-        self, model: nn.Module, optimizer: Any, blocks: stacks.Blocks | None, settings: Mapping[str, Any], ranked: bool
-    ):
-        self.steps = 0
-        super().__init__(model, optimizer, blocks, settings, ranked)
+    steps: int = 0
 
     def step(self) -> None:
         """Count one step, after `optimizer.step()`, as of a learning-rate scheduler; switch where it is time.
