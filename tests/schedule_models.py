@@ -9,6 +9,19 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+OPTIMIZERS = {
+    "adamw": lambda ps: torch.optim.AdamW(ps, lr=1e-2, weight_decay=0.1, foreach=False),
+    "adamw-foreach": lambda ps: torch.optim.AdamW(ps, lr=1e-2, weight_decay=0.1, foreach=True),
+    "adamw-fused": lambda ps: torch.optim.AdamW(ps, lr=1e-2, weight_decay=0.1, fused=True),
+    "adamw-amsgrad": lambda ps: torch.optim.AdamW(ps, lr=1e-2, amsgrad=True),
+    "sgd": lambda ps: torch.optim.SGD(ps, lr=1e-1),
+    "sgd-momentum": lambda ps: torch.optim.SGD(ps, lr=1e-1, momentum=0.9, weight_decay=0.1),
+    "sgd-foreach": lambda ps: torch.optim.SGD(ps, lr=1e-1, momentum=0.9, foreach=True),
+    "sgd-fused": lambda ps: torch.optim.SGD(ps, lr=1e-1, momentum=0.9, fused=True),
+    "adafactor": lambda ps: torch.optim.Adafactor(ps, lr=1e-2),
+}
+ADAM = OPTIMIZERS["adamw"]
+
 
 def llama(layers: int = 6, **changed: Any) -> LlamaForCausalLM:
     """A Llama of no size, the same each time."""
@@ -59,3 +72,15 @@ def changed(before: dict[str, Tensor], model: nn.Module) -> set[str]:
 def of_block(name: str) -> int | None:
     """The block of a Llama's parameter."""
     return int(name.split(".")[2]) if name.startswith("model.layers.") else None
+
+
+def stack(layers: int) -> nn.Module:
+    """Blocks and nothing else, and nothing drawn for them."""
+    linears = [nn.utils.skip_init(nn.Linear, 2, 2) for _ in range(2 * layers)]
+    blocks = (nn.Sequential(*pair) for pair in zip(linears[::2], linears[1::2], strict=True))
+    return nn.ModuleDict({"layers": nn.ModuleList(blocks)})
+
+
+def adam(model: nn.Module) -> torch.optim.AdamW:
+    """Over all parameters."""
+    return torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
