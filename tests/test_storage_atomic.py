@@ -94,7 +94,7 @@ def test_a_killed_save(tmp_path):
                 os.kill(_only_child(child.pid), signal.SIGKILL)
                 _wait_until_gone(child.pid)
                 seen[loads_as(target, first, second)] += 1
-                if min(seen) == 0:  # a machine whose forked children save more slowly than this process did
+                if min(seen) <= 2:  # a machine whose forked children save more slowly than this process did
                     window = min(window * 1.2, 5)
                 assert (target / "tokenizer.json").read_text() == "{}"
                 assert (target / "checkpoint" / "state.txt").read_text() == "state"
