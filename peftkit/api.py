@@ -5,18 +5,18 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
-from peftkit import also_train, ledger, merging, storage
+from peftkit import also_train, ledger, loading, merging, storage
 from peftkit.building import build
 from peftkit.hosts import EmbeddingHost
-from peftkit.ledger import Attachment, Ledger
+from peftkit.ledger import Ledger
 from peftkit.method import Config, chosen
 from peftkit.report import Report, report
-from peftkit.sites import Site, walk
+from peftkit.sites import walk
 
 
 def inject(model: nn.Module, config: Config, *, name: str = "default") -> Report:
@@ -274,10 +274,8 @@ def load(
         StorageError: a tensor that is missing, unexpected, misshapen, not finite or damaged, a wrong base; the model
             is as it was.
     """
-    record, everything = ledger.for_attaching(model, name)
     stored = storage.read(path, name=name)
-    attachment = _stored(stored, name, everything, trainable=trainable, check_base=check_base)
-    record.attach(model, everything, attachment)
+    record, everything = loading.attach(model, stored, name=name, trainable=trainable, check_base=check_base)
     return report(model, record, [name], everything)
 
 
@@ -298,18 +296,5 @@ def restore(model: nn.Module, path: str | os.PathLike[str], *, name: str = "defa
     if name in record.merged:
         raise ValueError(f"{name!r} is merged, and the weights hold its values; unmerge(model) before restoring")
     stored = storage.read(path, name=name)
-    fresh = _stored(stored, name, walk(root), trainable=False, check_base=check_base)
+    fresh = loading.made(stored, name, walk(root), trainable=False, check_base=check_base)
     storage.take_over(stored, fresh, attachment)
-
-
-def _stored(
-    stored: storage.Stored, name: str, everything: Sequence[Site], *, trainable: bool, check_base: bool
-) -> Attachment:
-    """The stored adapter with its values, hung nowhere yet."""
-    sites, also = storage.match(stored, everything, check_base=check_base)
-    try:
-        attachment = build(name, stored.config, sites, also, everything, trainable=trainable, new=False)
-    except ValueError as error:
-        raise storage.StorageError(f"{stored.path}: {error}") from error
-    storage.fill(stored, attachment)
-    return attachment

@@ -43,12 +43,9 @@ def merge(model: nn.Module, ledger: Ledger, attachments: Sequence[Attachment], *
             done.append(made)
             for name in adapter.merges:
                 target = _tensor(site.module, name)
-                if name not in made.kept:
-                    copied = keep or (id(made), name) in relative
-                    made.kept[name] = target.detach().clone() if copied else target
-                elif name in earlier[id(made)] and (id(made), name) not in held:
+                if name in earlier[id(made)] and (id(made), name) not in held:
                     held[id(made), name] = target, target.detach().clone()
-                adapter.merge_(name, target, made.kept[name])
+                _merge_one(made, adapter, name, target, copied=keep or (id(made), name) in relative)
             made.merged[key] = versions(adapter)
     except BaseException:
         if keep:
@@ -66,6 +63,49 @@ def merge(model: nn.Module, ledger: Ledger, attachments: Sequence[Attachment], *
         for attachment in attachments:
             ledger.merged = tuple(n for n in ledger.merged if n != attachment.name)
             ledger.detach(model, attachment)
+
+
+def _merge_one(made: Graft, adapter: Adapter, name: str, target: Tensor, *, copied: bool) -> None:
+    """Fold one adapter into one weight; the first one there keeps the weight as it is without any, as a copy or itself."""
+    if name not in made.kept:
+        made.kept[name] = target.detach().clone() if copied else target
+    adapter.merge_(name, target, made.kept[name])
+
+
+def checked(model: nn.Module, attachments: Sequence[Attachment]) -> list[Job]:
+    """What merging for good would do, in its order, for `fold` to do a weight at a time.
+
+    Raises:
+        As `merge`.
+    """
+    jobs = list(_jobs(attachments))
+    _check(model, jobs)
+    return jobs
+
+
+@torch.no_grad()
+def fold(jobs: Sequence[Job], name: str, target: Tensor, weights: Sequence[float]) -> None:
+    """Fold into `target`, the parameter `name` of one module, each job's change of it, times its weight.
+
+    With weights of 1 the result is that of `merge` with `keep_base=False`. The module must hold `target`, as it is without
+    any adapter; afterwards nothing is merged, as far as the module knows.
+    """
+    made = jobs[0][1]
+    copied = len(jobs) > 1 and any(adapter.reads_base for *_, adapter in jobs)
+    try:
+        for (_, _, key, adapter), weight in zip(jobs, weights, strict=True):
+            if weight == 1:
+                _merge_one(made, adapter, name, target, copied=copied)
+                made.merged[key] = versions(adapter)
+            else:
+                made.merged[key] = versions(adapter)  # before: what changes, the zeros, is not what the base is
+                change = torch.zeros_like(target)
+                made.kept.setdefault(name, target.detach().clone() if copied else target)
+                adapter.merge_(name, change, made.kept[name])
+                target.add_(change, alpha=weight)
+    finally:
+        made.kept.clear()
+        made.merged.clear()
 
 
 def unmerge(ledger: Ledger) -> None:

@@ -44,6 +44,8 @@ FLOORS = {
     "peftkit.schedules": 2,
     "peftkit.ledger": 2,
     "peftkit.building": 3,
+    "peftkit.loading": 3,
+    "peftkit.checkpoints": 4,
     "peftkit.storage": 3,
     "peftkit.merging": 3,
     "peftkit.report": 3,

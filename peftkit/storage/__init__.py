@@ -4,6 +4,17 @@ from peftkit.storage.errors import StorageError
 from peftkit.storage.matching import fill, match
 from peftkit.storage.reader import Stored, read
 from peftkit.storage.restoring import check_identity, identity, take_over
-from peftkit.storage.writer import save
+from peftkit.storage.writer import Origin, save
 
-__all__ = ["StorageError", "Stored", "check_identity", "fill", "identity", "match", "read", "save", "take_over"]
+__all__ = [
+    "Origin",
+    "StorageError",
+    "Stored",
+    "check_identity",
+    "fill",
+    "identity",
+    "match",
+    "read",
+    "save",
+    "take_over",
+]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,12 +12,12 @@ import torch
 from peftkit.method import Config
 from peftkit.storage import layout
 from peftkit.storage.errors import StorageError
+from peftkit.storage.jsonfile import read_object
 
 # fields that others fill in or change without changing the adapter
 _INCIDENTAL = frozenset(
     {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"}
 )
-_LIMIT = 100_000_000
 
 
 def to_json(config: Config, names: Sequence[str]) -> dict[str, Any]:
@@ -86,17 +85,8 @@ def read(folder: Path) -> dict[str, Any]:
         raise StorageError(
             f"{file} is missing; {folder} {'is not an adapter' if folder.is_dir() else 'is no directory'}"
         )
-    try:
-        if file.stat().st_size > _LIMIT:
-            raise StorageError(f"{file} has {file.stat().st_size:,} bytes, which no adapter's config has")
-        found = json.loads(file.read_text("utf-8"))
-    except StorageError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise StorageError(f"{file} is no JSON, it is truncated or damaged: {error}") from error
-    except OSError as error:
-        raise StorageError(f"{file} cannot be read: {error}") from error
-    if not isinstance(found, dict) or not isinstance(found.get("peft_type"), str):
+    found = read_object(file)
+    if not isinstance(found.get("peft_type"), str):
         raise StorageError(f"{file} names no peft_type, so it cannot be told what the adapter is")
     return found
 

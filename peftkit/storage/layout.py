@@ -28,6 +28,11 @@ def stem(site: Site) -> str:
     return f"{PREFIX}{name}." if name else PREFIX
 
 
+def path_of(stem: str) -> str:
+    """The path in the file of the site whose keys begin with `stem`: the inverse of `stem`, but for out_proj's."""
+    return stem[len(PREFIX) : -1]
+
+
 def in_file(key: str, prefix: str) -> str:
     """The key of a site's tensor as it is written where keys begin with `prefix`."""
     return prefix + key[len(PREFIX) :] if key.startswith(PREFIX) else key

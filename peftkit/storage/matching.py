@@ -36,12 +36,12 @@ def match(
     for stem, tensors in stored.sites.items():
         site = by_stem.get(stem)
         if site is None:
-            names = [k[len(layout.PREFIX) : -1] for k in by_stem]
+            names = [layout.path_of(k) for k in by_stem]
             refused = next((s for s in everything if layout.stem(s) == stem), None)
             why = f"; {refused.name!r} is none, {stored.config.refuses(refused)}" if refused is not None else ""
             raise StorageError(
                 f"{stored.file}: unexpected {stem + next(iter(tensors))}: the model has no module for it to adapt{why}"
-                f"{nearest(stem[len(layout.PREFIX) : -1], names)}"
+                f"{nearest(layout.path_of(stem), names)}"
             )
         if id(site) in found:
             raise StorageError(f"{stored.file}: unexpected {stem}: {site.name!r} has tensors under another name too")
@@ -82,7 +82,7 @@ def _check_complete(stored: Stored, found: Sequence[Site], by_stem: Mapping[str,
         path = layout.module_path(site)
         if path not in paths and stored.means(path):
             raise StorageError(
-                f"{stored.file}: no tensors for {stem[len(layout.PREFIX) : -1]!r}, which target_modules of "
+                f"{stored.file}: no tensors for {layout.path_of(stem)!r}, which target_modules of "
                 f"{layout.CONFIG} names; the file is not complete, or for another model"
             )
 
@@ -112,7 +112,7 @@ def _check_frozen(stored: Stored, by_stem: Mapping[str, Site]) -> None:
 
 def _take_names(stored: Stored, by_stem: Mapping[str, Site]) -> None:
     """Put the model's names in place of the file's, where those differ: parts of a MultiheadAttention, aliases."""
-    names = {s[len(layout.PREFIX) : -1]: by_stem[s].name for s in stored.sites}
+    names = {layout.path_of(s): by_stem[s].name for s in stored.sites}
     names = {old: new for old, new in names.items() if old != new}
     if names:
         config = stored.config

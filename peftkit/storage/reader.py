@@ -31,6 +31,7 @@ class Stored:
 
     Attributes:
         config: of its method; its full names are the file's until `match` has found the model's.
+        peft: what `adapter_config.json` says.
         tensors: by their key in the file; views of one buffer.
         sites: stem of the keys -> the tensors behind it, for what the method adapts.
         whole: modules that are stored whole; peft's are ends of names, `own` ones full.
@@ -44,6 +45,7 @@ class Stored:
 
     path: Path
     config: Config
+    peft: dict[str, Any]
     tensors: dict[str, Tensor]
     sites: dict[str, dict[str, Tensor]]
     whole: list[str]
@@ -140,7 +142,7 @@ def _understood(folder: Path, peft: dict[str, Any], found: TensorFile, own: dict
     for stem in frozen:
         del tensors[stem + FROZEN]
     if own is None:
-        paths = {stem[len(layout.PREFIX) : -1]: {k: t.shape for k, t in of.items()} for stem, of in sites.items()}
+        paths = {layout.path_of(stem): {k: t.shape for k, t in of.items()} for stem, of in sites.items()}
         config = method.from_peft(peft, paths)
         resized = [k[len(layout.PREFIX) :].rpartition(".")[0] for k in rest if k.endswith(".weight")]
         listed = listed + [p for p in resized if p.endswith(_EMBEDDINGS) and not any(p.endswith(m) for m in listed)]
@@ -149,7 +151,7 @@ def _understood(folder: Path, peft: dict[str, Any], found: TensorFile, own: dict
     base = own["base"] if own is not None else None
     names = own.get("sites") if own is not None else None
     means = layout.peft_targets(peft)
-    return Stored(folder, config, tensors, sites, listed, rows, frozen, base, means, whole_tensors, names)
+    return Stored(folder, config, peft, tensors, sites, listed, rows, frozen, base, means, whole_tensors, names)
 
 
 def _grouped(

@@ -7,14 +7,15 @@ and checked in one pass, costs a tenth. The checksum covers every byte of the fi
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +34,31 @@ _DTYPES = {
     "U32": torch.uint32, "U64": torch.uint64, "BOOL": torch.bool,
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+class Entry(NamedTuple):
+    """One tensor of a file: its bytes are `begin` to `end`, counted from the end of the header."""
+
+    key: str
+    dtype: torch.dtype
+    shape: list[int]
+    begin: int
+    end: int
+
+
+class Header(NamedTuple):
+    """What stands before the tensors.
+
+    Attributes:
+        raw: its bytes as they are.
+        entries: by where their bytes lie, which is one after another to the end of the file.
+        start: of the tensors' bytes in the file.
+    """
+
+    raw: bytes
+    metadata: dict[str, str]
+    entries: list[Entry]
+    start: int
 
 
 @dataclass(frozen=True)
@@ -78,31 +104,39 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
         StorageError: a dtype that the format does not know, a value that is not finite.
     """
     # wide ones first, so that each lies at a multiple of its item's size
-    order = sorted(tensors, key=lambda k: (-tensors[k].dtype.itemsize, _name(k, tensors[k]), k))
-    header: dict[str, Any] = {"__metadata__": {DIGEST: _BLANK, **metadata}}
-    end = 0
-    for key in order:
-        t = tensors[key]
-        begin, end = end, end + t.numel() * t.dtype.itemsize
-        header[key] = {"dtype": _NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [begin, end]}
-    raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)
-    found = hashlib.blake2b(raw, digest_size=16)
+    order = sorted(tensors, key=lambda k: (-tensors[k].dtype.itemsize, _name(k, tensors[k].dtype), k))
+    raw = header_bytes({k: (tensors[k].dtype, tensors[k].shape) for k in order}, {DIGEST: _BLANK, **metadata})
+    found = hashlib.blake2b(raw[8:], digest_size=16)
     with path.open("wb") as file:
-        file.write(len(raw).to_bytes(8, "little"))
         file.write(raw)
         for flat in _batches(tensors, order):
             piece: Any = flat.view(torch.uint8).numpy()
             found.update(piece)
             file.write(piece)
-        file.seek(8 + raw.index(_BLANK.encode()))
+        file.seek(raw.index(_BLANK.encode()))
         file.write(found.hexdigest().encode())
 
 
-def _name(key: str, t: Tensor) -> str:
-    if t.dtype not in _NAMES:
-        raise StorageError(f"{key} is {t.dtype}, which a safetensors file cannot hold; nothing was written")
-    return _NAMES[t.dtype]
+def header_bytes(tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: Mapping[str, str]) -> bytes:
+    """What a file begins with whose tensors, of these dtypes and shapes, follow in this order.
+
+    Raises:
+        StorageError: a dtype that the format does not know.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for key, (dtype, shape) in tensors.items():
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        header[key] = {"dtype": _name(key, dtype), "shape": list(shape), "data_offsets": [begin, end]}
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    return len(raw).to_bytes(8, "little") + raw
+
+
+def _name(key: str, dtype: torch.dtype) -> str:
+    if dtype not in _NAMES:
+        raise StorageError(f"{key} is {dtype}, which a safetensors file cannot hold; nothing was written")
+    return _NAMES[dtype]
 
 
 def _batches(tensors: Mapping[str, Tensor], order: list[str]) -> Iterator[Tensor]:
@@ -133,16 +167,32 @@ def read(path: Path) -> TensorFile:
     Raises:
         StorageError: it is truncated, longer than it says, or no safetensors file; the message names it.
     """
+    with _opened(path) as file:
+        return _read(file)
+
+
+def read_header(path: Path) -> Header:
+    """Read what stands before the tensors, and check that they are all there.
+
+    Raises:
+        StorageError: as for `read`.
+    """
+    with _opened(path) as file:
+        return _header(file)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
     try:
         with path.open("rb") as file:
-            return _read(file)
+            yield file
     except StorageError as error:
         raise StorageError(f"{path} cannot be read, it is truncated or damaged: {error}") from None
     except OSError as error:
         raise StorageError(f"{path} cannot be read: {error}") from error
 
 
-def _read(file: BinaryIO) -> TensorFile:
+def _header(file: BinaryIO) -> Header:
     total = file.seek(0, 2)
     file.seek(0)
     length = int.from_bytes(file.read(8), "little")
@@ -158,22 +208,29 @@ def _read(file: BinaryIO) -> TensorFile:
     metadata = header.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise StorageError("its metadata is no mapping of strings to strings")
-    entries = sorted((_entry(key, value) for key, value in header.items()), key=lambda e: e[3])
-    data = torch.empty(total - 8 - length, dtype=torch.uint8)
-    got = file.readinto(data.numpy()) if data.numel() else 0  # type: ignore[attr-defined]
+    entries = sorted((_entry(key, value) for key, value in header.items()), key=lambda e: (e.begin, e.end))
     end = 0
-    for key, _, _, begin, stop in entries:
-        if begin != end:
-            raise StorageError(f"{key} begins at byte {begin}, expected {end}")
-        end = stop
-    if end != data.numel() or got != end:
-        raise StorageError(f"its tensors take {end} bytes, but it holds {got}")
-    tensors, runs = _views(data, entries)
-    return TensorFile(tensors, runs, metadata, _sealed(raw, data, metadata))
+    for e in entries:
+        if e.begin != end:
+            raise StorageError(f"{e.key} begins at byte {e.begin}, expected {end}")
+        end = e.end
+    if end != total - 8 - length:
+        raise StorageError(f"its tensors take {end} bytes, but it holds {total - 8 - length}")
+    return Header(raw, metadata, entries, 8 + length)
 
 
-def _entry(key: str, value: object) -> tuple[str, torch.dtype, list[int], int, int]:
-    """Key, dtype, shape and span of one tensor."""
+def _read(file: BinaryIO) -> TensorFile:
+    header = _header(file)
+    size = header.entries[-1].end if header.entries else 0
+    data = torch.empty(size, dtype=torch.uint8)
+    got = file.readinto(data.numpy()) if size else 0  # type: ignore[attr-defined]
+    if got != size:
+        raise StorageError(f"its tensors take {size} bytes, but it holds {got}")
+    tensors, runs = _views(data, header.entries)
+    return TensorFile(tensors, runs, header.metadata, _sealed(header.raw, data, header.metadata))
+
+
+def _entry(key: str, value: object) -> Entry:
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
         raise StorageError(f"{key} has no dtype, shape and data_offsets")
     shape, span = value["shape"], value["data_offsets"]
@@ -186,28 +243,26 @@ def _entry(key: str, value: object) -> tuple[str, torch.dtype, list[int], int, i
         raise StorageError(f"{key} has the shape {shape!r} at {span!r}, expected whole numbers of at least 0")
     if span[1] - span[0] != math.prod(shape) * dtype.itemsize:
         raise StorageError(f"{key} of shape {shape} and {dtype} takes {span[1] - span[0]} bytes")
-    return key, dtype, shape, span[0], span[1]
+    return Entry(key, dtype, shape, span[0], span[1])
 
 
-def _views(
-    data: Tensor, entries: list[tuple[str, torch.dtype, list[int], int, int]]
-) -> tuple[dict[str, Tensor], list[tuple[Tensor, list[str]]]]:
+def _views(data: Tensor, entries: list[Entry]) -> tuple[dict[str, Tensor], list[tuple[Tensor, list[str]]]]:
     tensors: dict[str, Tensor] = {}
     runs: list[tuple[Tensor, list[str]]] = []
     i = 0
     while i < len(entries):
-        dtype, begin = entries[i][1], entries[i][3]
+        dtype, begin = entries[i].dtype, entries[i].begin
         j = i
-        while j < len(entries) and entries[j][1] == dtype:
+        while j < len(entries) and entries[j].dtype == dtype:
             j += 1
-        run = data[begin : entries[j - 1][4]]
+        run = data[begin : entries[j - 1].end]
         if begin % dtype.itemsize:  # other writers may leave it so, and torch cannot view it
             run = run.clone()
         flat = run.view(dtype)
-        keys = [e[0] for e in entries[i:j]]
-        pieces = flat.split([math.prod(e[2]) for e in entries[i:j]])
+        keys = [e.key for e in entries[i:j]]
+        pieces = flat.split([math.prod(e.shape) for e in entries[i:j]])
         for e, piece in zip(entries[i:j], pieces, strict=True):
-            tensors[e[0]] = piece.view(e[2])
+            tensors[e.key] = piece.view(e.shape)
         runs.append((flat, keys))
         i = j
     return tensors, runs

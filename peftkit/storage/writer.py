@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,28 @@ from peftkit.storage.errors import StorageError
 from peftkit.storage.fingerprint import fingerprint
 
 
-def save(model: nn.Module, attachment: Attachment, path: str | os.PathLike[str]) -> None:
+@dataclass(frozen=True)
+class Origin:
+    """What is known of the base where the model at hand is a skeleton, which has neither its values nor all its modules.
+
+    Attributes:
+        fingerprint: of the base.
+        name: the base's, as `base_model_name_or_path`.
+        task: peft's `task_type`.
+    """
+
+    fingerprint: Mapping[str, Any] = field(default_factory=lambda: fingerprint({}))
+    name: str | None = None
+    task: str | None = None
+
+
+def save(
+    model: nn.Module, attachment: Attachment, path: str | os.PathLike[str], *, origin: Origin | None = None
+) -> None:
     """Write `attachment` of `model` to the directory `path`, replacing the adapter that is there.
+
+    Args:
+        origin: for a skeleton; modules are then named in full, since others of the same ends may not be in it.
 
     Raises:
         StorageError: an adapted module is not in the model any more, a value is not finite or on the meta device, the
@@ -31,12 +53,12 @@ def save(model: nn.Module, attachment: Attachment, path: str | os.PathLike[str])
     _check_in_place(attachment, everything)
     adapted = _adapted(attachment)
     tensors = _tensors(attachment, adapted)
-    peft = _config(model, attachment, adapted, everything)
+    peft = _config(model, attachment, adapted, everything, origin)
     own = {
         "version": 1,
         "config": to_json(attachment.config, list(adapted)),
         "peft": meaning(peft),
-        "base": fingerprint(adapted),
+        "base": fingerprint(adapted) if origin is None else dict(origin.fingerprint),
     }
     if attachment.config.whole_keys:
         own["sites"] = list(adapted)
@@ -86,7 +108,11 @@ def _check_there(key: str, value: Tensor) -> None:
 
 
 def _config(
-    model: nn.Module, attachment: Attachment, adapted: dict[str, Site], everything: list[Site]
+    model: nn.Module,
+    attachment: Attachment,
+    adapted: dict[str, Site],
+    everything: list[Site],
+    origin: Origin | None,
 ) -> dict[str, Any]:
     whole = [n for n, a in attachment.adapters.items() if isinstance(a, WholeModule)]
     rows = {
@@ -97,15 +123,23 @@ def _config(
     by_path: dict[str, Any] = {}
     for name, site in adapted.items():  # to peft, the parts of a MultiheadAttention are one
         by_path.setdefault(layout.module_path(site), attachment.adapters[name])
+    if origin is None:
+        name, task = (
+            getattr(getattr(model, "config", None), "_name_or_path", None),
+            attachment.config.peft_task(model, whole),
+        )
+        modules = layout.target_modules(adapted.values(), everything)
+    else:
+        name, task, modules = origin.name, origin.task, sorted({layout.module_path(s) for s in adapted.values()})
     config = {
         "peft_type": attachment.config.peft_type,
         "auto_mapping": None,
-        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
+        "base_model_name_or_path": name or None,
         "inference_mode": True,
         "modules_to_save": whole or None,
         "revision": None,
-        "target_modules": layout.target_modules(adapted.values(), everything),
-        "task_type": attachment.config.peft_task(model, whole),
+        "target_modules": modules,
+        "task_type": task,
         **attachment.config.to_peft(by_path),
     }
     if not any(attachment.adapters[name].stored_shapes() for name in adapted):

@@ -1,0 +1,177 @@
+"""Stored adapters on the checkpoint that they are for: attached to its skeleton, as `load` attaches them to a model."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftkit import api, building, loading, storage
+from peftkit.checkpoints.files import Checkpoint
+from peftkit.checkpoints.skeleton import Hints, skeleton
+from peftkit.sites import walk
+from peftkit.storage import StorageError, Stored, layout
+
+_TRANSPOSED = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}  # model types whose blocks are of Conv1D
+_PACKED = ("qweight", "weight_packed", "weight_scale", "weight_scale_inv", "SCB", "absmax")
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A skeleton with the adapters attached.
+
+    Attributes:
+        root: the skeleton; the adapters are `names`, in the order given, and all of them act.
+        keys: parameter or buffer of the skeleton -> its key in the checkpoint.
+        added: of modules that an adapter holds whole and the checkpoint lacks -> dtype and shape of each tensor.
+    """
+
+    root: nn.Module
+    names: Sequence[str]
+    keys: Mapping[str, str]
+    added: Mapping[str, tuple[torch.dtype, Sequence[int]]]
+
+
+def fit(checkpoint: Checkpoint, adapters: Sequence[Stored], *, check_base: bool) -> Fitted:
+    """Attach `adapters` to the skeleton of `checkpoint`.
+
+    Raises:
+        StorageError: the checkpoint lacks a tensor that an adapter changes; and as for `load`.
+        ValueError: two of them would take the place of one module.
+    """
+    named = _aligned(checkpoint, adapters)
+    added = _added(checkpoint, adapters, named)
+    _check_there(checkpoint, adapters, {n.rpartition(".")[0] for n in (*named, *added)})
+    shapes = {name: (checkpoint.dtype(key), checkpoint.shape(key)) for name, key in named.items()}
+    hints = Hints(adapters)
+    root = skeleton({**shapes, **added}, hints)
+    hints.transposed = _transposed(checkpoint, adapters, root)
+    if hints.transposed:
+        root = skeleton({**shapes, **added}, hints)
+    for path in {layout.path_of(stem) for stored in adapters for stem in stored.sites}:
+        _map(checkpoint, root, path, named)
+    names = [f"adapter-{i}" for i in range(len(adapters))]
+    for name, stored in zip(names, adapters, strict=True):
+        loading.attach(root, stored, name=name, trainable=False, check_base=check_base)
+    api.activate(root, *names)
+    return Fitted(root, names, named, added)
+
+
+# -- names ---------------------------------------------------------------------------------------------------------------
+
+
+def _paths(stored: Stored) -> set[str]:
+    """The modules that the checkpoint must have."""
+    found = {re.sub(r"(^|\.)base_layer\.out_proj$", r"\1out_proj", layout.path_of(stem)) for stem in stored.sites}
+    return found | set(stored.rows) | set(stored.names or ())
+
+
+def _aligned(checkpoint: Checkpoint, adapters: Sequence[Stored]) -> dict[str, str]:
+    """Tensors by their names in the model that was adapted -> their keys.
+
+    A checkpoint of a body lacks the prefix that its names have under a head, or has one that the adapter's lack;
+    transformers' `from_pretrained` bridges that, and so is it here.
+    """
+    same = {key: key for key in checkpoint.places}
+    there = {key.rpartition(".")[0] for key in checkpoint.places}
+    wanted = set().union(*map(_paths, adapters))
+    lost = next((p for p in sorted(wanted) if p not in there), None)
+    if lost is None:
+        return same
+    more = [lost[: -len(p)] for p in there if p and lost.endswith("." + p)]
+    less = [p[: -len(lost)] for p in there if p.endswith("." + lost)]
+    found = [
+        *({p + key: key for key in same} for p in sorted(set(more)) if all(w.removeprefix(p) in there for w in wanted)),
+        *({key.removeprefix(p): key for key in same} for p in sorted(set(less)) if all(p + w in there for w in wanted)),
+    ]
+    return found[0] if len(found) == 1 and len(found[0]) == len(same) else same
+
+
+def _added(
+    checkpoint: Checkpoint, adapters: Sequence[Stored], named: Mapping[str, str]
+) -> dict[str, tuple[torch.dtype, Sequence[int]]]:
+    """Tensors of modules that an adapter holds whole, where the checkpoint has none of them: in the dtype of the others."""
+    there = {name.rpartition(".")[0] for name in named}
+    kinds = Counter(e.dtype for h in checkpoint.files.values() for e in h.entries if e.dtype.is_floating_point)
+    dtype = kinds.most_common(1)[0][0] if kinds else torch.get_default_dtype()
+    found: dict[str, tuple[torch.dtype, Sequence[int]]] = {}
+    for stored in adapters:
+        for name, value in _of_whole_modules(stored):
+            if name.rpartition(".")[0] not in there:
+                found[name] = dtype if value.is_floating_point() else value.dtype, value.shape
+    return found
+
+
+def _of_whole_modules(stored: Stored) -> Iterator[tuple[str, Tensor]]:
+    for key, value in stored.tensors.items():
+        name = key[len(layout.PREFIX) :]
+        if any(name.startswith(f"{w}.") if stored.own else f".{w}." in f".{name}" for w in stored.whole):
+            yield name, value
+
+
+def _check_there(checkpoint: Checkpoint, adapters: Sequence[Stored], there: set[str]) -> None:
+    for stored in adapters:
+        for path in sorted(_paths(stored) - there):
+            packed = next((n for n in _PACKED if f"{path}.{n}" in checkpoint.places), None)
+            if packed is not None:
+                why = f"; it is quantised ({packed}): merge into the checkpoint that it was made from"
+            elif path.rpartition(".")[2] in ("lm_head", "embed_out") and checkpoint.config.get("tie_word_embeddings"):
+                why = "; the model ties it to its embedding, and merging would change both: give it a weight of its own"
+            else:
+                why = checkpoint.nearest(f"{path}.weight")
+            raise StorageError(
+                f"{checkpoint.path} has no {path}.weight, which the adapter in {stored.path} changes{why}"
+            )
+
+
+# -- kinds ---------------------------------------------------------------------------------------------------------------
+
+
+def _transposed(checkpoint: Checkpoint, adapters: Sequence[Stored], root: nn.Module) -> set[str]:
+    """Paths of weights that are `(in, out)`: where what is stored fits no Linear; a square one goes with the others."""
+    wrong, square = set(), set()
+    everything = walk(root)
+    for stored in adapters:
+        sites, also = storage.match(stored, everything, check_base=False)
+        try:
+            made = building.build("kinds", stored.config, sites, also, everything, trainable=False, new=False)
+        except ValueError as error:
+            raise StorageError(f"{stored.path}: {error}") from error
+        for site in sites:
+            if not isinstance(site.module, nn.Linear) or site.part is not None or site.reader is not None:
+                continue
+            tensors = stored.sites.get(layout.stem(site), {})
+            shapes = made.adapters[site.name].stored_shapes()
+            if site.module.in_features == site.module.out_features:
+                square.add(site.name)
+            elif any(k in tensors and tensors[k].shape not in shapes[k] for k in shapes):
+                wrong.add(site.name)
+    family = checkpoint.config.get("model_type") in _TRANSPOSED
+    if wrong or family or any(stored.peft.get("fan_in_fan_out") for stored in adapters):
+        return wrong | square
+    return set()
+
+
+def _map(checkpoint: Checkpoint, root: nn.Module, path: str, named: Mapping[str, str]) -> None:
+    """Give the module at `path` its weights, mapped."""
+    try:
+        module = root.get_submodule(re.sub(r"(^|\.)base_layer\.out_proj$", r"\1out_proj", path))
+    except AttributeError:
+        return  # the tensors are refused later, by name
+    for name in list(module._parameters):
+        full = f"{path}.{name}" if path else name
+        if module._parameters[name] is not None and full in named:
+            put(module, name, checkpoint.tensor(named[full]))
+
+
+def put(module: nn.Module, name: str, value: Tensor) -> None:
+    """Let a parameter or buffer, by its dotted name below `module`, be `value`."""
+    path, _, last = name.rpartition(".")
+    holder = module.get_submodule(path)
+    held: Any = holder._parameters if last in holder._parameters else holder._buffers
+    held[last] = nn.Parameter(value, requires_grad=False) if held is holder._parameters else value
