@@ -18,6 +18,7 @@ from peftkit.api import (
     unmerge,
     using,
 )
+from peftkit.checkpoints.merge import merge_checkpoint
 from peftkit.distillation import TeacherLogits, context_distillation, teacher_logits
 from peftkit.method import Adapter, Config, NotMergeable
 from peftkit.methods.bitfit import BitFitConfig
@@ -76,6 +77,7 @@ __all__ = [
     "layerwise_lr",
     "load",
     "merge",
+    "merge_checkpoint",
     "param_groups",
     "parameters",
     "reset",

@@ -78,6 +78,7 @@ class BottleneckConfig(Config):
     size: Size | Mapping[str, Size] | None = None
 
     peft_reads: ClassVar[bool] = False
+    mergeable: ClassVar[bool] = False
     default_targets: ClassVar[Sequence[str]] = ("mlp",)
 
     def __post_init__(self) -> None:

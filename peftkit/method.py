@@ -161,6 +161,7 @@ class Config:
     peft_type: ClassVar[str] = ""
     other_peft_types: ClassVar[Sequence[str]] = ()  # further ones that its files may have, which `to_peft` then gives
     peft_reads: ClassVar[bool] = True  # whether peft knows the method, and so its files
+    mergeable: ClassVar[bool] = True  # whether a weight can hold what it does
     default_targets: ClassVar[Sequence[str]] = ("all-linear",)
 
     def __init_subclass__(cls, *, method: str | None = None, peft_type: str | None = None, **kwargs: Any) -> None:

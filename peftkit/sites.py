@@ -34,6 +34,15 @@ class Site:
         return (self.name, *self.aliases)
 
     @property
+    def module_name(self) -> str:
+        """Dotted path of the module."""
+        return self.name if self.part is None else self.name.rpartition(".")[0]
+
+    def full_name(self, name: str) -> str:
+        """Dotted path from the model of what the module calls `name`."""
+        return f"{self.module_name}.{name}" if self.module_name else name
+
+    @property
     def weight_name(self) -> str:
         return "weight" if self.part is None else f"{self.part}_weight"
 

@@ -142,8 +142,8 @@ BREAKS = {
     "config": lambda m: m.setattr(Path, "write_text", no_space),
     "fsync": lambda m: m.setattr(os, "fsync", no_space),
     "carry": lambda m: (m.setattr(os, "link", no_space), m.setattr(shutil, "copy2", no_space)),
-    "exchange": lambda m: m.setattr(directory, "_exchange", no_space),
-    "interrupt": lambda m: m.setattr(directory, "_exchange", lambda a, b: (_ for _ in ()).throw(KeyboardInterrupt())),
+    "exchange": lambda m: m.setattr(directory, "exchange", no_space),
+    "interrupt": lambda m: m.setattr(directory, "exchange", lambda a, b: (_ for _ in ()).throw(KeyboardInterrupt())),
 }
 
 
@@ -268,7 +268,7 @@ def test_where_nothing_can_be_written(target, tmp_path, monkeypatch):
         with pytest.raises(StorageError, match=rf"{target.parent} must be writable"):
             peftkit.save(model, target)
     with monkeypatch.context() as patch:
-        patch.setattr(directory, "_exchange", lambda a, b: (_ for _ in ()).throw(OSError(errno.EBUSY, "busy")))
+        patch.setattr(directory, "exchange", lambda a, b: (_ for _ in ()).throw(OSError(errno.EBUSY, "busy")))
         with pytest.raises(StorageError, match="mount point"):
             peftkit.save(model, target)
     assert folder_bytes(target) == before and hidden(target.parent) == []
@@ -292,7 +292,7 @@ def test_what_others_are_writing_is_left_alone(target):
     fresh = target.with_name(f".{target.name}.0123456789ab.new")
     fresh.mkdir()
     os.utime(fresh, (0, 0))
-    lock = directory._lock(fresh)
+    lock = directory.claim(fresh)
     assert lock is not None
     young = target.with_name(f".{target.name}.ba9876543210.new")
     young.mkdir()

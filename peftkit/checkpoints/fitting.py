@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from peftkit.sites import walk
 from peftkit.storage import StorageError, Stored, layout
 
 _TRANSPOSED = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}  # model types whose blocks are of Conv1D
+_PARTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")  # of an `nn.MultiheadAttention`
 _PACKED = ("qweight", "weight_packed", "weight_scale", "weight_scale_inv", "SCB", "absmax")
 
 
@@ -46,15 +47,13 @@ def fit(checkpoint: Checkpoint, adapters: Sequence[Stored], *, check_base: bool)
     """
     named = _aligned(checkpoint, adapters)
     added = _added(checkpoint, adapters, named)
-    _check_there(checkpoint, adapters, {n.rpartition(".")[0] for n in (*named, *added)})
+    _check_there(checkpoint, adapters, _modules((*named, *added)))
     shapes = {name: (checkpoint.dtype(key), checkpoint.shape(key)) for name, key in named.items()}
     hints = Hints(adapters)
     root = skeleton({**shapes, **added}, hints)
-    hints.transposed = _transposed(checkpoint, adapters, root)
-    if hints.transposed:
+    if _learn(hints, checkpoint, adapters, root):
         root = skeleton({**shapes, **added}, hints)
-    for path in {layout.path_of(stem) for stored in adapters for stem in stored.sites}:
-        _map(checkpoint, root, path, named)
+    _map(checkpoint, adapters, root, named)
     names = [f"adapter-{i}" for i in range(len(adapters))]
     for name, stored in zip(names, adapters, strict=True):
         loading.attach(root, stored, name=name, trainable=False, check_base=check_base)
@@ -71,6 +70,13 @@ def _paths(stored: Stored) -> set[str]:
     return found | set(stored.rows) | set(stored.names or ())
 
 
+def _modules(names: Iterable[str]) -> set[str]:
+    """Paths of the modules that have tensors of these names, and of parts of an attention."""
+    names = list(names)
+    parts = {n.removesuffix("_weight") for n in names if n.endswith(_PARTS)}
+    return {n.rpartition(".")[0] for n in names} | parts
+
+
 def _aligned(checkpoint: Checkpoint, adapters: Sequence[Stored]) -> dict[str, str]:
     """Tensors by their names in the model that was adapted -> their keys.
 
@@ -78,7 +84,7 @@ def _aligned(checkpoint: Checkpoint, adapters: Sequence[Stored]) -> dict[str, st
     transformers' `from_pretrained` bridges that, and so is it here.
     """
     same = {key: key for key in checkpoint.places}
-    there = {key.rpartition(".")[0] for key in checkpoint.places}
+    there = _modules(checkpoint.places)
     wanted = set().union(*map(_paths, adapters))
     lost = next((p for p in sorted(wanted) if p not in there), None)
     if lost is None:
@@ -132,8 +138,11 @@ def _check_there(checkpoint: Checkpoint, adapters: Sequence[Stored], there: set[
 # -- kinds ---------------------------------------------------------------------------------------------------------------
 
 
-def _transposed(checkpoint: Checkpoint, adapters: Sequence[Stored], root: nn.Module) -> set[str]:
-    """Paths of weights that are `(in, out)`: where what is stored fits no Linear; a square one goes with the others."""
+def _learn(hints: Hints, checkpoint: Checkpoint, adapters: Sequence[Stored], root: nn.Module) -> bool:
+    """Add to `hints` what follows from stored shapes that do not fit; whether there is anything.
+
+    Where they fit no Linear, the weight is `(in, out)`; a square one goes with the others.
+    """
     wrong, square = set(), set()
     everything = walk(root)
     for stored in adapters:
@@ -142,36 +151,38 @@ def _transposed(checkpoint: Checkpoint, adapters: Sequence[Stored], root: nn.Mod
             made = building.build("kinds", stored.config, sites, also, everything, trainable=False, new=False)
         except ValueError as error:
             raise StorageError(f"{stored.path}: {error}") from error
-        for site in sites:
-            if not isinstance(site.module, nn.Linear) or site.part is not None or site.reader is not None:
-                continue
+        for site in (s for s in sites if s.part is None and s.reader is None):
             tensors = stored.sites.get(layout.stem(site), {})
             shapes = made.adapters[site.name].stored_shapes()
-            if site.module.in_features == site.module.out_features:
-                square.add(site.name)
-            elif any(k in tensors and tensors[k].shape not in shapes[k] for k in shapes):
-                wrong.add(site.name)
+            odd = [tensors[k].shape for k in shapes if k in tensors and tensors[k].shape not in shapes[k]]
+            if isinstance(site.module, nn.Linear):
+                if site.module.in_features == site.module.out_features:
+                    square.add(site.name)
+                elif odd:
+                    wrong.add(site.name)
+            elif odd and len(odd[0]) > 2 and odd[0][0] == 1:  # one number for each input channel
+                hints.inputs[site.name] = odd[0][1]
     family = checkpoint.config.get("model_type") in _TRANSPOSED
     if wrong or family or any(stored.peft.get("fan_in_fan_out") for stored in adapters):
-        return wrong | square
-    return set()
+        hints.transposed = wrong | square
+    return bool(hints.transposed) or any(site.name in hints.inputs for site in everything)
 
 
-def _map(checkpoint: Checkpoint, root: nn.Module, path: str, named: Mapping[str, str]) -> None:
-    """Give the module at `path` its weights, mapped."""
-    try:
-        module = root.get_submodule(re.sub(r"(^|\.)base_layer\.out_proj$", r"\1out_proj", path))
-    except AttributeError:
-        return  # the tensors are refused later, by name
-    for name in list(module._parameters):
-        full = f"{path}.{name}" if path else name
-        if module._parameters[name] is not None and full in named:
-            put(module, name, checkpoint.tensor(named[full]))
+def _map(checkpoint: Checkpoint, adapters: Sequence[Stored], root: nn.Module, named: Mapping[str, str]) -> None:
+    """Give the modules that adapters hang on their weights, mapped."""
+    everything = walk(root)
+    for stored in adapters:
+        for site in storage.match(stored, everything, check_base=False)[0]:
+            for name, value in site.module._parameters.items():
+                full = site.full_name(name)
+                if value is not None and value.is_meta and full in named:
+                    put(root, full, checkpoint.tensor(named[full]))
 
 
-def put(module: nn.Module, name: str, value: Tensor) -> None:
-    """Let a parameter or buffer, by its dotted name below `module`, be `value`."""
+def put(root: nn.Module, name: str, value: Tensor) -> Tensor:
+    """Let a parameter or buffer of the skeleton be `value`; returns it as the module holds it."""
     path, _, last = name.rpartition(".")
-    holder = module.get_submodule(path)
+    holder = root.get_submodule(path)
     held: Any = holder._parameters if last in holder._parameters else holder._buffers
     held[last] = nn.Parameter(value, requires_grad=False) if held is holder._parameters else value
+    return held[last]

@@ -65,6 +65,7 @@ class PrefixTuningConfig(Config, method="prefix", peft_type=PEFT_TYPE):
     kv_heads: int | None = None
     head_dim: int | None = None
 
+    mergeable: ClassVar[bool] = False
     default_targets: ClassVar[Sequence[str]] = ("attention",)
     other_peft_types: ClassVar[Sequence[str]] = (OWN_TYPE,)
     key_prefix: ClassVar[str] = "base_model."

@@ -59,6 +59,7 @@ class PromptTuningConfig(Config, method="prompt", peft_type="PROMPT_TUNING"):
     init: str = "vocab"
     dtype: torch.dtype | None = None
 
+    mergeable: ClassVar[bool] = False
     default_targets: ClassVar[Sequence[str]] = ("the body",)
     key_prefix: ClassVar[str] = "base_model."
     whole_keys: ClassVar[Sequence[str]] = (_KEY,)

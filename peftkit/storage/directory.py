@@ -21,6 +21,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
+LOCKS = fcntl is not None  # whether directories can be locked here
 _YOUNG = 10.0  # seconds within which another process may not have locked its directory yet
 
 
@@ -47,7 +48,7 @@ def replacing(target: Path) -> Iterator[Path]:
             f"{target} cannot be saved: {error}. A new directory is made beside it and put in its place, so "
             f"{target.parent} must be writable"
         ) from error
-    lock = _lock(fresh)
+    lock = claim(fresh)
     try:
         yield fresh
         if target.exists():
@@ -55,10 +56,10 @@ def replacing(target: Path) -> Iterator[Path]:
             _carry_over(target, fresh)
         for file in fresh.iterdir():
             if file.is_file() and not file.is_symlink():
-                _sync(file)
-        _sync(fresh)
+                sync(file)
+        sync(fresh)
         _put_in_place(fresh, target)
-        _sync(target.parent)
+        sync(target.parent)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)  # once exchanged, it is the old one
         if lock is not None:
@@ -71,7 +72,7 @@ def _put_in_place(fresh: Path, target: Path) -> None:
         return
     here = _working_directory()
     try:
-        _exchange(fresh, target)
+        exchange(fresh, target)
     except OSError as error:
         raise StorageError(
             f"{target} cannot be replaced: {error}. It may be a mount point; save to a directory inside it"
@@ -109,7 +110,7 @@ def _carry_over(old: Path, new: Path) -> None:
                 shutil.copy2(left, there)
 
 
-def _exchange(a: Path, b: Path) -> None:
+def exchange(a: Path, b: Path) -> None:
     """Swap two directories in one step where the system can; else in three, with a moment in which `b` is not there."""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None, use_errno=True)
@@ -128,7 +129,7 @@ def _exchange(a: Path, b: Path) -> None:
     os.rename(aside, a)
 
 
-def _lock(directory: Path) -> int | None:
+def claim(directory: Path) -> int | None:
     """Held until its process ends, however it ends, so that others can tell an abandoned directory."""
     if fcntl is None:
         return None
@@ -148,21 +149,23 @@ def _remove_abandoned(target: Path) -> None:
     """What killed saves left beside `target`: nothing is in them that the target lacks."""
     if not target.exists():
         return
-    for left in target.parent.glob(f".{_literal(target.name)}.*.new"):
+    for left in target.parent.glob(f".{literal(target.name)}.*.new"):
         with contextlib.suppress(OSError):
             if time.time() - left.stat().st_mtime < _YOUNG:
                 continue
-        lock = _lock(left)
+        lock = claim(left)
         if lock is not None:
             shutil.rmtree(left, ignore_errors=True)
             os.close(lock)
 
 
-def _literal(name: str) -> str:
+def literal(name: str) -> str:
+    """A glob that means this name alone."""
     return "".join(f"[{c}]" if c in "*?[" else c for c in name)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have the disk hold what the file or directory does."""
     if path.is_dir() and sys.platform == "win32":
         return
     fd = os.open(path, os.O_RDONLY)
