@@ -4,28 +4,22 @@ from __future__ import annotations
 
 import errno
 import os
-import random
 import shutil
-import signal
 import socket
 import stat
-import subprocess
 import sys
-import textwrap
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from killing import kill_often, seconds
 from storage_helpers import CONFIG, TENSORS, adapter_bits, folder_bytes, same, small, trained
 
 import peftkit
 from peftkit import LoRAConfig, StorageError
 from peftkit.storage import directory, tensorfile
-
-ROOT = Path(__file__).parents[1]
 
 
 def loads_as(folder: Path, *candidates: torch.nn.Module) -> int:
@@ -41,85 +35,42 @@ def hidden(parent: Path) -> list[str]:
 
 
 def test_a_killed_save(tmp_path):
-    """A child saves one adapter over another for ever and is killed, again and again, at any moment."""
+    """A child saves one adapter over another for ever and is killed at 200 random moments."""
     target = tmp_path / "adapter"
     first, second = trained(small(), seed=1), trained(small(), LoRAConfig(r=3, targets="all-linear"), seed=2)
     peftkit.save(first, target)
     (target / "tokenizer.json").write_text("{}")
     (target / "checkpoint").mkdir()
     (target / "checkpoint" / "state.txt").write_text("state")
-    code = textwrap.dedent(
-        f"""
-        import sys
-        sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-        import torch
-        torch.set_num_threads(1)
-        import os
-        os.fsync = lambda fd: None  # a killed process loses nothing that it wrote; more saves are interrupted
+    code = f"""
         import peftkit
         from peftkit import LoRAConfig
         from storage_helpers import small, trained
-        first, second = trained(small(), seed=1), trained(small(), LoRAConfig(r=3, targets="all-linear"), seed=2)
-        first.load_state_dict(torch.load({str(tmp_path / "first.pt")!r}))
-        second.load_state_dict(torch.load({str(tmp_path / "second.pt")!r}))
-        sys.stdin.readline()
-        while os.fork():  # every child of this one is killed
-            pid = os.wait()[0]
-            sys.stdin.readline()
-        print(flush=True)
-        if os.getpid() % 2:
-            peftkit.save(first, {str(target)!r})
-        while True:
-            peftkit.save(second, {str(target)!r})
-            peftkit.save(first, {str(target)!r})
+        models = trained(small(), seed=1), trained(small(), LoRAConfig(r=3, targets="all-linear"), seed=2)
+        for i, model in enumerate(models):
+            model.load_state_dict(torch.load({str(tmp_path)!r} + f"/{{i}}.pt"))
+        def write(which):
+            peftkit.save(models[which], {str(target)!r})
         """
-    )
-    torch.save(first.state_dict(), tmp_path / "first.pt")
-    torch.save(second.state_dict(), tmp_path / "second.pt")
-    seen = [0, 0]
-    random.seed(0)
-    began = time.perf_counter()
-    peftkit.save(first, tmp_path / "other")
-    window = 3 * (time.perf_counter() - began)
-    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
-        assert child.stdin is not None and child.stdout is not None
-        try:
-            for kills in range(400):
-                if kills >= 25 and min(seen) > 2 and _abandoned(tmp_path):
-                    break
-                child.stdin.write(b"\n")
-                child.stdin.flush()
-                child.stdout.readline()
-                time.sleep(random.uniform(0, window))
-                os.kill(_only_child(child.pid), signal.SIGKILL)
-                _wait_until_gone(child.pid)
-                seen[loads_as(target, first, second)] += 1
-                if min(seen) <= 2:  # a machine whose forked children save more slowly than this process did
-                    window = min(window * 1.2, 5)
-                assert (target / "tokenizer.json").read_text() == "{}"
-                assert (target / "checkpoint" / "state.txt").read_text() == "state"
-        finally:
-            child.kill()
-    assert min(seen) > 2, seen  # both were found, so saves were interrupted at both ends
-    assert _abandoned(tmp_path), "no save was interrupted in its middle"
-    for p in _abandoned(tmp_path):
-        os.utime(p, (0, 0))
+    torch.save(first.state_dict(), tmp_path / "0.pt")
+    torch.save(second.state_dict(), tmp_path / "1.pt")
+    window = 2 * seconds(lambda: peftkit.save(first, tmp_path / "other"))
+
+    def state() -> int:
+        assert (target / "tokenizer.json").read_text() == "{}"
+        assert (target / "checkpoint" / "state.txt").read_text() == "state"
+        return loads_as(target, first, second)
+
+    def interrupted() -> bool:
+        left = [p for p in tmp_path.iterdir() if p.name.endswith(".new")]
+        for p in left:
+            os.utime(p, (0, 0))  # old enough for the next save to remove it
+        return bool(left)
+
+    kill_often(code, state, interrupted, window=window)
     peftkit.save(first, target)
     assert hidden(tmp_path) == []
     assert loads_as(target, first, second) == 0 and (target / "tokenizer.json").exists()
-
-
-def _abandoned(parent: Path) -> list[Path]:
-    return [p for p in parent.iterdir() if p.name.endswith(".new")]
-
-
-def _only_child(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
-
-
-def _wait_until_gone(pid: int) -> None:
-    while Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-        time.sleep(0.001)
 
 
 @pytest.fixture

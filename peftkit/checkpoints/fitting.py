@@ -47,7 +47,7 @@ def fit(checkpoint: Checkpoint, adapters: Sequence[Stored], *, check_base: bool)
     """
     named = _aligned(checkpoint, adapters)
     added = _added(checkpoint, adapters, named)
-    _check_there(checkpoint, adapters, _modules((*named, *added)))
+    _check_there(checkpoint, adapters, {**named, **added})
     shapes = {name: (checkpoint.dtype(key), checkpoint.shape(key)) for name, key in named.items()}
     hints = Hints(adapters)
     root = skeleton({**shapes, **added}, hints)
@@ -120,10 +120,13 @@ def _of_whole_modules(stored: Stored) -> Iterator[tuple[str, Tensor]]:
             yield name, value
 
 
-def _check_there(checkpoint: Checkpoint, adapters: Sequence[Stored], there: set[str]) -> None:
+def _check_there(checkpoint: Checkpoint, adapters: Sequence[Stored], names: Mapping[str, Any]) -> None:
+    there = _modules(names)
     for stored in adapters:
-        for path in sorted(_paths(stored) - there):
-            packed = next((n for n in _PACKED if f"{path}.{n}" in checkpoint.places), None)
+        for path in sorted(_paths(stored)):
+            packed = next((n for n in _PACKED if f"{path}.{n}" in names), None)
+            if path in there and not (packed is not None and f"{path}.weight" not in names):
+                continue
             if packed is not None:
                 why = f"; it is quantised ({packed}): merge into the checkpoint that it was made from"
             elif path.rpartition(".")[2] in ("lm_head", "embed_out") and checkpoint.config.get("tie_word_embeddings"):
