@@ -16,6 +16,7 @@ from peftkit.checkpoints.files import Checkpoint
 from peftkit.checkpoints.skeleton import Hints, skeleton
 from peftkit.sites import walk
 from peftkit.storage import StorageError, Stored, layout
+from peftkit.storage.fingerprint import differing
 
 _TRANSPOSED = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}  # model types whose blocks are of Conv1D
 _PARTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")  # of an `nn.MultiheadAttention`
@@ -53,10 +54,10 @@ def fit(checkpoint: Checkpoint, adapters: Sequence[Stored], *, check_base: bool)
     root = skeleton({**shapes, **added}, hints)
     if _learn(hints, checkpoint, adapters, root):
         root = skeleton({**shapes, **added}, hints)
-    _map(checkpoint, adapters, root, named)
+    _map(checkpoint, adapters, root, named, check_base=check_base)
     names = [f"adapter-{i}" for i in range(len(adapters))]
     for name, stored in zip(names, adapters, strict=True):
-        loading.attach(root, stored, name=name, trainable=False, check_base=check_base)
+        loading.attach(root, stored, name=name, trainable=False, check_base=False)
     api.activate(root, *names)
     return Fitted(root, names, named, added)
 
@@ -171,15 +172,24 @@ def _learn(hints: Hints, checkpoint: Checkpoint, adapters: Sequence[Stored], roo
     return bool(hints.transposed) or any(site.name in hints.inputs for site in everything)
 
 
-def _map(checkpoint: Checkpoint, adapters: Sequence[Stored], root: nn.Module, named: Mapping[str, str]) -> None:
-    """Give the modules that adapters hang on their weights, mapped."""
+def _map(
+    checkpoint: Checkpoint, adapters: Sequence[Stored], root: nn.Module, named: Mapping[str, str], *, check_base: bool
+) -> None:
+    """Give the modules that adapters hang on their weights, mapped.
+
+    The base is looked at a site at a time, and what was looked at is mapped anew: whole pages come with a few numbers.
+    """
     everything = walk(root)
     for stored in adapters:
+        wrong = []
         for site in storage.match(stored, everything, check_base=False)[0]:
-            for name, value in site.module._parameters.items():
-                full = site.full_name(name)
-                if value is not None and value.is_meta and full in named:
-                    put(root, full, checkpoint.tensor(named[full]))
+            own = {n: k for n in site.module._parameters if (k := named.get(site.full_name(n))) is not None}
+            for again in range(2 if check_base and stored.base is not None else 1):
+                if again:
+                    wrong += differing(stored.base or {}, {site.name: site})
+                for name, key in own.items():
+                    put(root, site.full_name(name), checkpoint.tensor(key))
+        storage.refuse_base(stored, wrong)
 
 
 def put(root: nn.Module, name: str, value: Tensor) -> Tensor:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import itertools
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +66,7 @@ def merge_checkpoint(
     `W + Σ wᵢ ΔWᵢ(W)`, in fp32 or wider. Tokenizer, config and other small files are copied. At every moment `out` is what
     it was or whole; where the writing stops in its middle, the same call goes on from there.
 
-    Memory: the adapters, and at most five times the largest tensor.
+    Memory: the adapters, and at most six times the largest tensor.
 
     Args:
         base: directory of a model's safetensors, one file or several with an index.
@@ -106,6 +108,7 @@ def merge_checkpoint(
                         for piece in plan.pieces(item):
                             file.write(piece)
                         file.tensor_done()
+                        _trim()
                     report(done + end, total)
             done += shard.bytes
         write_index(checkpoint, fresh, {i.key: (s.name, i.bytes) for s in plan.shards for i in s.items})
@@ -268,6 +271,14 @@ def _pieces(value: Tensor, item: _Item) -> Iterator[memoryview]:
             raise StorageError(f"{item.key} would hold values beyond {item.dtype}; give a wider dtype=")
         raw: Any = made.contiguous().view(torch.uint8).numpy()
         yield memoryview(raw)
+
+
+def _trim() -> None:
+    """Give the system what is free: glibc's heap keeps holes of the size of tensors, which add up over thousands."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 def _check_space(folder: Path, total: int) -> None:

@@ -1,7 +1,7 @@
 """The directory that adapters are kept in: `adapter_config.json` and `adapter_model.safetensors`, as peft has them."""
 
 from peftkit.storage.errors import StorageError
-from peftkit.storage.matching import fill, match
+from peftkit.storage.matching import fill, match, refuse_base
 from peftkit.storage.reader import Stored, read
 from peftkit.storage.restoring import check_identity, identity, take_over
 from peftkit.storage.writer import Origin, save
@@ -15,6 +15,7 @@ __all__ = [
     "identity",
     "match",
     "read",
+    "refuse_base",
     "save",
     "take_over",
 ]

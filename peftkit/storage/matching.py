@@ -47,8 +47,8 @@ def match(
             raise StorageError(f"{stored.file}: unexpected {stem}: {site.name!r} has tensors under another name too")
         found[id(site)] = site
     _check_complete(stored, list(found.values()), by_stem)
-    if check_base:
-        _check_base(stored, {s.name: s for s in found.values()})
+    if check_base and stored.base is not None:
+        refuse_base(stored, differing(stored.base, {s.name: s for s in found.values()}))
     _check_frozen(stored, by_stem)
     _take_names(stored, by_stem)
     also = _also(stored, everything)
@@ -87,8 +87,12 @@ def _check_complete(stored: Stored, found: Sequence[Site], by_stem: Mapping[str,
             )
 
 
-def _check_base(stored: Stored, sites: Mapping[str, Site]) -> None:
-    wrong = differing(stored.base, sites) if stored.base is not None else []
+def refuse_base(stored: Stored, wrong: Sequence[str]) -> None:
+    """Say that the weights at these sites are not those it was trained on, if there are any.
+
+    Raises:
+        StorageError: there are.
+    """
     if wrong:
         raise StorageError(
             f"{stored.path} was saved from another base: the weight of {wrong[0]!r} differs"
