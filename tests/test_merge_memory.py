@@ -16,7 +16,7 @@ from torch import nn
 import peftkit
 from peftkit import DoRAConfig, LoHaConfig, LoRAConfig
 
-SIDE, LAYERS = 1024, 24  # 4.2 MB each in fp32, 101 MB in all
+SIDE, LAYERS = 1536, 16  # 9.4 MB each in fp32, 151 MB in all
 
 CODE = """
 import sys
@@ -55,12 +55,11 @@ def checkpoint(folder: Path, side: int, layers: int) -> nn.Module:
 @pytest.mark.parametrize(
     ("config", "dtype", "weight"),
     [
-        (LoRAConfig(r=4, targets="all-linear"), "None", 1),
         (LoRAConfig(r=4, targets="all-linear"), "torch.bfloat16", 1),
         (LoHaConfig(r=4, targets="all-linear"), "None", 0.5),
         (DoRAConfig(r=4, targets="all-linear"), "None", 0.5),
     ],
-    ids=["lora", "lora to bf16", "loha, weighted", "dora, weighted"],
+    ids=["lora to bf16", "loha, weighted", "dora, weighted"],
 )
 def test_it_is_bounded_by_the_largest_tensor(tmp_path, config, dtype, weight):
     for name, side, layers in (("small", 32, 2), ("base", SIDE, LAYERS)):
@@ -77,5 +76,4 @@ def test_it_is_bounded_by_the_largest_tensor(tmp_path, config, dtype, weight):
         [sys.executable, "-c", CODE.format(**paths, dtype=dtype)], capture_output=True, text=True, check=True
     )
     tensor = SIDE * SIDE * 4
-    print(f"{int(done.stdout) / tensor:.2f} tensors")
     assert tensor < int(done.stdout) < 6 * tensor + 4 * own, f"{int(done.stdout) / tensor:.2f} tensors"
