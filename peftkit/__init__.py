@@ -18,6 +18,8 @@ from peftkit.api import (
     unmerge,
     using,
 )
+from peftkit.checkpoints.approximation import Approximation
+from peftkit.checkpoints.arithmetic import combine
 from peftkit.distillation import TeacherLogits, context_distillation, teacher_logits
 from peftkit.method import Adapter, Config, NotMergeable
 from peftkit.methods.bitfit import BitFitConfig
@@ -45,6 +47,7 @@ __version__ = "0.1.0"
 __all__ = [
     "LISA",
     "Adapter",
+    "Approximation",
     "BitFitConfig",
     "Config",
     "DoRAConfig",
@@ -68,6 +71,7 @@ __all__ = [
     "activate",
     "active",
     "adapters",
+    "combine",
     "context_distillation",
     "describe",
     "disabled",

@@ -101,13 +101,14 @@ def _added(
     dtype = kinds.most_common(1)[0][0] if kinds else torch.get_default_dtype()
     found: dict[str, tuple[torch.dtype, Sequence[int]]] = {}
     for stored in adapters:
-        for name, value in _of_whole_modules(stored):
+        for name, value in of_whole_modules(stored):
             if name.rpartition(".")[0] not in there:
                 found[name] = dtype if value.is_floating_point() else value.dtype, value.shape
     return found
 
 
-def _of_whole_modules(stored: Stored) -> Iterator[tuple[str, Tensor]]:
+def of_whole_modules(stored: Stored) -> Iterator[tuple[str, Tensor]]:
+    """Names and values of the tensors of modules that an adapter holds whole."""
     for key, value in stored.tensors.items():
         name = key[len(layout.PREFIX) :]
         if any(name.startswith(f"{w}.") if stored.own else f".{w}." in f".{name}" for w in stored.whole):
