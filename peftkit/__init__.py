@@ -20,6 +20,8 @@ from peftkit.api import (
 )
 from peftkit.checkpoints.approximation import Approximation
 from peftkit.checkpoints.arithmetic import combine
+from peftkit.checkpoints.differences import Difference, difference
+from peftkit.checkpoints.extraction import extract
 from peftkit.distillation import TeacherLogits, context_distillation, teacher_logits
 from peftkit.method import Adapter, Config, NotMergeable
 from peftkit.methods.bitfit import BitFitConfig
@@ -50,6 +52,7 @@ __all__ = [
     "Approximation",
     "BitFitConfig",
     "Config",
+    "Difference",
     "DoRAConfig",
     "GradualUnfreezing",
     "HalfFineTuning",
@@ -74,8 +77,10 @@ __all__ = [
     "combine",
     "context_distillation",
     "describe",
+    "difference",
     "disabled",
     "eject",
+    "extract",
     "inject",
     "layerwise_lr",
     "load",

@@ -1,4 +1,4 @@
-"""Weighted sums of stored LoRAs, written as one that needs none of them: `Σ wᵢ ΔWᵢ`, `ΔWᵢ = sᵢ BᵢAᵢ`."""
+"""Weighted sums of stored LoRAs, written as one that needs none of them: `Σ wᵢ ΔWᵢ`, with `ΔWᵢ = sᵢ BᵢAᵢ`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from peftkit import storage
 from peftkit.also_train import InPlace
@@ -33,7 +34,7 @@ HOWS = ("concatenate", "svd", "ties", "dare", "dare_ties")
 class Term(NamedTuple):
     """What one adapter has at a site: the number of the adapter, its weight, and its pair."""
 
-    index: int
+    number: int
     weight: float
     pair: Pair
 
@@ -109,7 +110,7 @@ def combine(
         ranks = PerSite("full" if r is None else r, "r")
         for name, at in terms.items():
             rank = ranks.at(sites[name])
-            cuts = _cut(how, name, at, None if rank == "full" else rank, density or 1.0, seed, iterations)
+            cuts = _cut(how, name, at, rank if isinstance(rank, int) else None, density or 1.0, seed, iterations)
             pairs[name] = as_stored(at[0].pair.host, [(c.a, c.b) for c in cuts])
             rows.append(Nearness(name, len(pairs[name][0]), sum(c.whole for c in cuts), sum(c.lost for c in cuts)))
         ranks.finish(terms)
@@ -280,7 +281,7 @@ def _change(how: str, name: str, term: Term, density: float, seed: int, *, wide:
     if how == "ties":
         task_vectors.trimmed(change, density)
     else:
-        task_vectors.dropped(change, density, seed, term.index, name)
+        task_vectors.dropped(change, density, seed, term.number, name)
     return change.mul_(term.weight)
 
 

@@ -17,7 +17,7 @@ from peftkit.checkpoints.skeleton import Hints, skeleton
 from peftkit.sites import walk
 from peftkit.storage import StorageError, Stored, layout
 
-_TRANSPOSED = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}  # model types whose blocks are of Conv1D
+TRANSPOSED = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}  # model types whose blocks are of Conv1D
 _PACKED = ("qweight", "weight_packed", "weight_scale", "weight_scale_inv", "SCB", "absmax")
 
 
@@ -152,7 +152,7 @@ def _transposed(checkpoint: Checkpoint, adapters: Sequence[Stored], root: nn.Mod
                 square.add(site.name)
             elif any(k in tensors and tensors[k].shape not in shapes[k] for k in shapes):
                 wrong.add(site.name)
-    family = checkpoint.config.get("model_type") in _TRANSPOSED
+    family = checkpoint.config.get("model_type") in TRANSPOSED
     if wrong or family or any(stored.peft.get("fan_in_fan_out") for stored in adapters):
         return wrong | square
     return set()

@@ -96,14 +96,15 @@ def implied(adapters: Sequence[Stored]) -> Implied:
         stored = dataclasses.replace(stored, config=dataclasses.replace(stored.config, dropout=0.0))
         made = loading.made(stored, "default", everything, trainable=False, check_base=False)
         pairs.append(
-            {
-                name: Pair(adapter.host, *(t.detach() for t in adapter.factors()), adapter.scale)
-                for name, adapter in made.adapters.items()
-                if isinstance(adapter, PairAdapter)
-            }
+            {name: _pair(adapter) for name, adapter in made.adapters.items() if isinstance(adapter, PairAdapter)}
         )
         kept.append({name: adapter for name, adapter in made.adapters.items() if isinstance(adapter, InPlace)})
     return Implied(root, everything, pairs, kept)
+
+
+def _pair(adapter: PairAdapter) -> Pair:
+    a, b = adapter.factors()
+    return Pair(adapter.host, a.detach(), b.detach(), adapter.scale)
 
 
 def _shapes(stored: Stored) -> dict[str, tuple[torch.dtype, Sequence[int]]]:
