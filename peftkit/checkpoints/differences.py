@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from peftkit.storage.fingerprint import disagreeing
 if TYPE_CHECKING:
     from rich.console import Group
 
+T = TypeVar("T")
 _BLOCK = 1 << 20  # numbers compared at a time
 _SHOWN = 8
 
@@ -148,31 +149,35 @@ def difference(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> Differen
         raise ValueError(f"{one} is an adapter, and {other} is none; compare two adapters, or two checkpoints")
     if not kinds[0]:
         first, second = open_checkpoint(a), open_checkpoint(b)
-        both, only_a, only_b = _split(first.places, second.places)
-        common = [_tensors_apart(key, first.tensor(key), second.tensor(key)) for key in both]
-        return Difference(first.path, second.path, "checkpoints", {}, only_a, only_b, common)
+        found = _compared(
+            first.places, second.places, lambda k, *_: _tensors_apart(k, first.tensor(k), second.tensor(k))
+        )
+        return Difference(first.path, second.path, "checkpoints", {}, *found)
     one, other = storage.read(a), storage.read(b)
-    changes, tensors = (_parts(one), _parts(other)), (_others(one), _others(other))
-    if changes[0] is None or changes[1] is None:
-        changes, tensors = ({}, {}), (_everything(one), _everything(other))
-    common, only_a, only_b = [], [], []
-    compare: Callable[[str, Any, Any], Apart]
-    for (left, right), compare in ((changes, _changes_apart), (tensors, _tensors_apart)):
-        both, lost, new = _split(left, right)
-        common += [compare(name, left[name], right[name]) for name in both]
-        only_a, only_b = only_a + lost, only_b + new
+    if isinstance(one.config, LoRAConfig) and isinstance(other.config, LoRAConfig):
+        left, right = implied([one]), implied([other])  # both are held: a pair's host is of its skeleton
+        changes = _compared(left.pairs[0], right.pairs[0], _changes_apart)
+        tensors = _compared(_unpaired(one), _unpaired(other), _tensors_apart)
+        found = changes[0] + tensors[0], changes[1] + tensors[1], changes[2] + tensors[2]
+    else:
+        found = _compared(_everything(one), _everything(other), _tensors_apart)
     bases = disagreeing(one.base, other.base) if one.base is not None and other.base is not None else []
-    return Difference(one.path, other.path, "adapters", _settings(one, other), only_a, only_b, common, bases)
+    return Difference(one.path, other.path, "adapters", _settings(one, other), *found, bases)
 
 
 def _is_adapter(path: Path) -> bool:
     return any((folder / layout.CONFIG).exists() for folder in (path, path / "default"))
 
 
-def _split(left: Iterable[str], right: Iterable[str]) -> tuple[list[str], list[str], list[str]]:
-    """What both have, the first alone, the second alone; in their orders."""
-    here, there = dict.fromkeys(left), dict.fromkeys(right)
-    return [n for n in here if n in there], [n for n in here if n not in there], [n for n in there if n not in here]
+def _compared(
+    left: Mapping[str, T], right: Mapping[str, T], compare: Callable[[str, T, T], Apart]
+) -> tuple[list[str], list[str], list[Apart]]:
+    """Names that the first has alone, and the second, in their orders; and what both have, compared."""
+    return (
+        [n for n in left if n not in right],
+        [n for n in right if n not in left],
+        [compare(n, left[n], right[n]) for n in left if n in right],
+    )
 
 
 def _settings(one: Stored, other: Stored) -> dict[str, tuple[Any, Any]]:
@@ -191,18 +196,11 @@ def _settings(one: Stored, other: Stored) -> dict[str, tuple[Any, Any]]:
 # -- what is compared ----------------------------------------------------------------------------------------------------
 
 
-def _parts(stored: Stored) -> dict[str, Pair] | None:
-    """The pair of each site; None where the changes are no pairs of the adapter's own."""
-    if not isinstance(stored.config, LoRAConfig):
-        return None
-    return implied([stored]).pairs[0]
-
-
 def _everything(stored: Stored) -> dict[str, Tensor]:
     return {key.removeprefix(layout.PREFIX): t for key, t in (*stored.tensors.items(), *stored.of_all.items())}
 
 
-def _others(stored: Stored) -> dict[str, Tensor]:
+def _unpaired(stored: Stored) -> dict[str, Tensor]:
     """The tensors that belong to no pair."""
     paired = {stem + key for stem, tensors in stored.sites.items() for key in tensors}
     return {key.removeprefix(layout.PREFIX): t for key, t in stored.tensors.items() if key not in paired}

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from peftkit.methods.lora import LoRAConfig
 from peftkit.pairs import check_settings
 from peftkit.sites import Site, walk
 from peftkit.storage import Origin, StorageError
-from peftkit.storage.fingerprint import fingerprint
+from peftkit.storage.fingerprint import fingerprint, joined
 from peftkit.targets import Pattern, Patterns, PerSite, TargetError, Targets, nearest
 
 # a file does not say what looks a row up and what multiplies: the customary names of embeddings, and of Conv1Ds
@@ -52,9 +53,9 @@ def extract(
     """Write to `out` the LoRA of rank `r` on the checkpoint `base` that comes nearest to the checkpoint `tuned`.
 
     At each target the nearest pair to `tuned − base` in the Frobenius norm, computed in fp32, or in fp64 where one of the
-    two is. No model is built: a few times the largest target, in fp32, is held at once. What a file cannot say is told by
-    customary names: 2-D weights are Linears, but for embeddings and the Conv1Ds of GPT-2's family; convolutions are taken
-    as ungrouped.
+    two is. No model is built, and one difference is held at a time. What a file cannot say is told by customary names: 2-D
+    weights are Linears, but for embeddings and the Conv1Ds of GPT-2's family; convolutions are taken as ungrouped. Where
+    that is wrong, loading says so.
 
     Args:
         base, tuned: directories of safetensors, single or sharded.
@@ -87,19 +88,21 @@ def extract(
     also = [s for s in everything if s.part is None and s.name in whole]
     building.check_apart(sites, also)
     ranks = PerSite(r, "r")
-    pairs: dict[str, Matrices] = {}
-    rows, unchanged = [], []
+    rooms = {site.name: _room(first, second, site, ranks.at(site), dtype) for site in sites}
+    ranks.finish(rooms)
+    rows, unchanged, prints = [], [], []
     for site in sites:
-        host, rank = _host(root, site, first), ranks.at(site)
-        found = _pairs(host, _difference(first, second, _key(site)), rank, iterations)
+        host, (a, b) = host_of(site), rooms[site.name]
+        prints.append(_sampled(site, host, first))
+        found = _pairs(host, _difference(first, second, _key(site)), len(a), iterations)
         if found is None:
             unchanged.append(site.name)
+            del rooms[site.name]
             continue
-        a, b = as_stored(host, [(t.a, t.b) for t in found])
-        pairs[site.name] = a.to(dtype or a.dtype), b.to(dtype or b.dtype)
+        for room, made in zip((a, b), as_stored(host, [(t.a, t.b) for t in found]), strict=True):
+            room.copy_(made)
         rows.append(Nearness(site.name, len(a), sum(t.whole for t in found), sum(t.lost for t in found)))
-    ranks.finish([s.name for s in sites])
-    if not pairs:
+    if not rooms:
         raise ValueError(f"{first.path} and {second.path} do not differ at any of {len(sites)} targets")
     targeted = {_key(site) for site in sites}
     others = (k for k in root.state_dict() if k in first.places and k not in targeted and not _lies_in(k, whole))
@@ -108,8 +111,8 @@ def extract(
     for site, adapter in kept.items():
         names = {name: f"{site.name}.{name}" for name in adapter.tensors()}
         adapter.load_tensors({name: second.tensor(key).clone() for name, key in names.items()})
-    origin = Origin(fingerprint({s.name: s for s in sites if s.name in pairs}), os.fspath(base))
-    write(root, everything, pairs, {s.name: a for s, a in kept.items()}, out, scale=1.0, origin=origin)
+    origin = Origin(joined(prints), os.fspath(base))
+    write(root, everything, rooms, {s.name: a for s, a in kept.items()}, out, scale=1.0, origin=origin)
     return Approximation(Path(out), tuple(rows), tuple(left), tuple(unchanged))
 
 
@@ -190,13 +193,37 @@ def _key(site: Site) -> str:
     return f"{path}.{site.weight_name}" if path else site.weight_name
 
 
-def _host(root: nn.Module, site: Site, first: Checkpoint) -> Host:
-    """The host with the base's weight, mapped, of which the fingerprint takes its sample."""
+def _sampled(site: Site, host: Host, first: Checkpoint) -> dict[str, Any]:
+    """The fingerprint of the base's weight, which the module holds meanwhile.
+
+    Raises:
+        StorageError: it is quantised.
+    """
+    shape = site.module._parameters[site.weight_name]
+    assert shape is not None
     put(site.module, site.weight_name, first.tensor(_key(site)))
+    try:
+        if (reason := host.why_not_dense()) is not None:
+            raise StorageError(f"{first.path}: {_key(site)} cannot be subtracted from: {reason}; exclude={site.name!r}")
+        return fingerprint({site.name: site})
+    finally:
+        put(site.module, site.weight_name, shape)
+
+
+def _room(first: Checkpoint, second: Checkpoint, site: Site, r: int, dtype: torch.dtype | None) -> Matrices:
+    """Memory for A and B, taken for all sites before any decomposition: small pieces that stay, taken between large ones
+    that go, would keep an allocator from giving the large ones' memory back.
+    """
     host = host_of(site)
-    if (reason := host.why_not_dense()) is not None:
-        raise StorageError(f"{first.path}: {_key(site)} cannot be subtracted from: {reason}; exclude={site.name!r}")
-    return host
+    if r % host.groups:
+        raise ValueError(f"r={r} at {host.name!r} is no multiple of its {host.groups} groups")
+    r = min(r, host.groups * min(host.rows, host.cols))
+    a, b = (torch.empty(shape, dtype=dtype or _wide(first, second, _key(site))) for shape in host.pair_shapes(r))
+    return a, b
+
+
+def _wide(first: Checkpoint, second: Checkpoint, key: str) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(first.dtype(key), second.dtype(key)), torch.float32)
 
 
 def _difference(first: Checkpoint, second: Checkpoint, key: str) -> Tensor:
@@ -208,8 +235,7 @@ def _difference(first: Checkpoint, second: Checkpoint, key: str) -> Tensor:
     before, after = first.tensor(key), second.tensor(key)
     if not after.dtype.is_floating_point or after.dtype.itemsize < 2:
         raise StorageError(f"{second.path}: {key} is packed {after.dtype}, expected a dtype of 16 bits or more")
-    wide = torch.promote_types(torch.promote_types(before.dtype, after.dtype), torch.float32)
-    found = after.to(wide, copy=True).sub_(before)
+    found = after.to(_wide(first, second, key), copy=True).sub_(before)
     if not torch.isfinite(found).all():
         raise StorageError(f"{key}: {second.path} and {first.path} have no finite difference there")
     return found
@@ -220,8 +246,6 @@ def _pairs(host: Host, d: Tensor, r: int, iterations: int | None) -> list[lowran
     if not d.any():
         return None
     matrices = host.matrices(d)
-    if r % len(matrices):
-        raise ValueError(f"r={r} at {host.name!r} is no multiple of its {len(matrices)} groups")
     return [lowrank.of_matrix(m, r // len(matrices), iterations=iterations) for m in matrices]
 
 
