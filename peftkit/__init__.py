@@ -18,6 +18,10 @@ from peftkit.api import (
     unmerge,
     using,
 )
+from peftkit.checkpoints.approximation import Approximation
+from peftkit.checkpoints.arithmetic import combine
+from peftkit.checkpoints.differences import Difference, difference
+from peftkit.checkpoints.extraction import extract
 from peftkit.checkpoints.merge import merge_checkpoint
 from peftkit.distillation import TeacherLogits, context_distillation, teacher_logits
 from peftkit.method import Adapter, Config, NotMergeable
@@ -46,8 +50,10 @@ __version__ = "0.1.0"
 __all__ = [
     "LISA",
     "Adapter",
+    "Approximation",
     "BitFitConfig",
     "Config",
+    "Difference",
     "DoRAConfig",
     "GradualUnfreezing",
     "HalfFineTuning",
@@ -69,10 +75,13 @@ __all__ = [
     "activate",
     "active",
     "adapters",
+    "combine",
     "context_distillation",
     "describe",
+    "difference",
     "disabled",
     "eject",
+    "extract",
     "inject",
     "layerwise_lr",
     "load",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from peftkit import also_train, ledger
 from peftkit.ledger import Attachment
@@ -30,7 +30,7 @@ def build(
         TargetError: two adapters would get in each other's way, or a module cannot be adapted.
         ValueError: a setting that does not fit a site.
     """
-    _check_apart(sites, also)
+    check_apart(sites, also)
     ledger.check_graftable([*sites, *also])
     plan = config.prepare(sites)
     for site in sites if new else ():
@@ -60,7 +60,12 @@ def build(
     return Attachment(name, config, adapters, where, trainable)
 
 
-def _check_apart(sites: Sequence[Site], also: dict[Site, Sequence[int] | None]) -> None:
+def check_apart(sites: Sequence[Site], also: Iterable[Site]) -> None:
+    """Refuse a target that lies in a module of `also`, which is trained whole.
+
+    Raises:
+        TargetError: naming both.
+    """
     inside = {id(m): s.name for s in also for m in s.module.modules()}
     for site in sites:
         if id(site.module) in inside:

@@ -18,7 +18,7 @@ from peftkit.sites import walk
 from peftkit.storage import StorageError, Stored, layout
 from peftkit.storage.fingerprint import differing
 
-_TRANSPOSED = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}  # model types whose blocks are of Conv1D
+TRANSPOSED = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}  # model types whose blocks are of Conv1D
 _PARTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")  # of an `nn.MultiheadAttention`
 _PACKED = ("qweight", "weight_packed", "weight_scale", "weight_scale_inv", "SCB", "absmax")
 
@@ -108,13 +108,14 @@ def _added(
     dtype = kinds.most_common(1)[0][0] if kinds else torch.get_default_dtype()
     found: dict[str, tuple[torch.dtype, Sequence[int]]] = {}
     for stored in adapters:
-        for name, value in _of_whole_modules(stored):
+        for name, value in of_whole_modules(stored):
             if name.rpartition(".")[0] not in there:
                 found[name] = dtype if value.is_floating_point() else value.dtype, value.shape
     return found
 
 
-def _of_whole_modules(stored: Stored) -> Iterator[tuple[str, Tensor]]:
+def of_whole_modules(stored: Stored) -> Iterator[tuple[str, Tensor]]:
+    """Names and values of the tensors of modules that an adapter holds whole."""
     for key, value in stored.tensors.items():
         name = key[len(layout.PREFIX) :]
         if any(name.startswith(f"{w}.") if stored.own else f".{w}." in f".{name}" for w in stored.whole):
@@ -166,7 +167,7 @@ def _learn(hints: Hints, checkpoint: Checkpoint, adapters: Sequence[Stored], roo
                     wrong.add(site.name)
             elif odd and len(odd[0]) > 2 and odd[0][0] == 1:  # one number for each input channel
                 hints.inputs[site.name] = odd[0][1]
-    family = checkpoint.config.get("model_type") in _TRANSPOSED
+    family = checkpoint.config.get("model_type") in TRANSPOSED
     if wrong or family or any(stored.peft.get("fan_in_fan_out") for stored in adapters):
         hints.transposed = wrong | square
     return bool(hints.transposed) or any(site.name in hints.inputs for site in everything)

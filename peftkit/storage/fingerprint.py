@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +22,39 @@ SAMPLES = 4
 
 def fingerprint(sites: Mapping[str, Site]) -> dict[str, Any]:
     """`{"names": …, "dtypes": …, "samples": …}`; weights that are packed or not there are left out."""
-    names, dtypes, values = _sample(sites)
+    return _written(_sample(sites))
+
+
+def differing(stored: Mapping[str, Any], sites: Mapping[str, Site]) -> list[str]:
+    """Names of sites whose weight is not the one that was stored; what either side could not sample is not compared."""
+    return _apart(_parsed(stored), _sample(sites))
+
+
+def disagreeing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Names of sites that both were taken of, and whose weights were not the same."""
+    return _apart(_parsed(one), _parsed(other))
+
+
+def joined(prints: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One fingerprint of all the sites of several that agree."""
+    found: dict[str, tuple[str, Any]] = {}
+    for names, dtypes, values in map(_parsed, prints):
+        for name, dtype, value in zip(names, dtypes, values, strict=True):
+            found.setdefault(name, (dtype, value))
+    values = np.array([value for _, value in found.values()], np.float32).reshape(-1, SAMPLES)
+    return _written(_Sample(list(found), [dtype for dtype, _ in found.values()], values))
+
+
+class _Sample(NamedTuple):
+    """The sites, the dtypes of their weights, and SAMPLES numbers of each."""
+
+    names: list[str]
+    dtypes: list[str]
+    values: np.ndarray[Any, Any]
+
+
+def _written(sample: _Sample) -> dict[str, Any]:
+    names, dtypes, values = sample
     return {
         "names": names,
         "dtypes": dtypes[0] if len(set(dtypes)) == 1 else dtypes,
@@ -30,12 +62,16 @@ def fingerprint(sites: Mapping[str, Site]) -> dict[str, Any]:
     }
 
 
-def differing(stored: Mapping[str, Any], sites: Mapping[str, Site]) -> list[str]:
-    """Names of sites whose weight is not the one that was stored; what either side could not sample is not compared."""
-    there = stored["names"]
-    before = np.frombuffer(base64.b64decode(stored["samples"]), "<f4").reshape(len(there), SAMPLES)
-    kinds = stored["dtypes"] if isinstance(stored["dtypes"], list) else [stored["dtypes"]] * len(there)
-    names, dtypes, now = _sample(sites)
+def _parsed(stored: Mapping[str, Any]) -> _Sample:
+    names = stored["names"]
+    values = np.frombuffer(base64.b64decode(stored["samples"]), "<f4").reshape(len(names), SAMPLES)
+    dtypes = stored["dtypes"] if isinstance(stored["dtypes"], list) else [stored["dtypes"]] * len(names)
+    return _Sample(names, dtypes, values)
+
+
+def _apart(one: _Sample, other: _Sample) -> list[str]:
+    there, kinds, before = one
+    names, dtypes, now = other
     if names != there:
         at = {name: i for i, name in enumerate(there)}
         both = [i for i, name in enumerate(names) if name in at]
@@ -56,7 +92,7 @@ def _eps(dtype: str) -> float:
 
 
 @torch.no_grad()
-def _sample(sites: Mapping[str, Site]) -> tuple[list[str], list[str], np.ndarray[Any, Any]]:
+def _sample(sites: Mapping[str, Site]) -> _Sample:
     names: list[str] = []
     dtypes: list[str] = []
     picked: list[Tensor] = []
@@ -66,7 +102,7 @@ def _sample(sites: Mapping[str, Site]) -> tuple[list[str], list[str], np.ndarray
             names.append(name)
             dtypes.append(str(weight.dtype).removeprefix("torch."))
             picked.append(_pick(weight))
-    return names, dtypes, _gathered(picked)
+    return _Sample(names, dtypes, _gathered(picked))
 
 
 def _gathered(picked: Sequence[Tensor]) -> np.ndarray[Any, Any]:
