@@ -160,7 +160,7 @@ def inspect(adapter: Folder) -> Inspection:
         stored.path,
         stored.config.method,
         stored.peft["peft_type"],
-        {k: _short(v) for k, v in settings.items() if k not in _SHARED and v is not None},
+        {k: _short(v) for k, v in settings.items() if k not in _SHARED and v not in (None, [], {})},
         parts,
         sorted({str(t.dtype).removeprefix("torch.") for t in everything}),
         stored.peft.get("base_model_name_or_path") or None,

@@ -1,0 +1,1 @@
+"""`peftkit` on the command line: what is done to files, without a model."""

@@ -1,0 +1,5 @@
+"""`python -m peftkit.cli`."""
+
+from peftkit.cli.app import main
+
+main()
