@@ -58,7 +58,7 @@ _Module = dict[str, tuple[Tensor, str]]  # tensor's name -> the tensor and its f
 
 def looks_so(keys: Sequence[str]) -> bool:
     """Whether keys are of this format."""
-    return any(key.partition(".")[2] in _KNOWN or key.endswith(".alpha") for key in keys if "." in key)
+    return any(_PREFIX.match(key) or key.partition(".")[2] in _KNOWN for key in keys)
 
 
 def read(file: Path, tensors: Mapping[str, Tensor], weights: Mapping[str, torch.Size], prefix: str | None) -> Source:
