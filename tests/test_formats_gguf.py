@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import peftkit
 from peftkit import DoRAConfig, LoRAConfig, StorageError
 from peftkit.formats import rotary
-from tests.storage_helpers import llama, peft_model, tensors_of, trained
+from storage_helpers import llama, peft_model, tensors_of, trained
 
 gguf = pytest.importorskip("gguf")
 

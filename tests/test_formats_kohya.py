@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import peftkit
 from peftkit import StorageError
-from tests.storage_helpers import config_of, folder_bytes, peft_model, tensors_of
+from storage_helpers import config_of, folder_bytes, peft_model, tensors_of
 
 
 class UNet(nn.Module):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import peftkit
 from peftkit import StorageError
-from tests.storage_helpers import config_of, llama, peft_model, tensors_of
+from storage_helpers import config_of, llama, peft_model, tensors_of
 
 NAMES = {
     "attn.q_proj": "self_attn.q_proj", "attn.k_proj": "self_attn.k_proj", "attn.v_proj": "self_attn.v_proj",

@@ -21,6 +21,7 @@ from peftkit.storage.config import read as read_config
 _REQUIRED = ("r", "lora_alpha", "target_modules")
 _PAIR = ("lora_A.weight", "lora_B.weight")
 _EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
+_SKIPPED = (".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight")  # base weights that peft may write
 
 
 def problems(
@@ -72,6 +73,8 @@ def _of_tensors(
     alphas = PeftPatterns(stored.get("alpha_pattern") or {}, alpha)
     root = math.sqrt if stored.get("use_rslora") else float
     for key, t in tensors.items():
+        if key.endswith(_SKIPPED):
+            continue
         path, name = _parsed(key)
         if name is None:
             found.append(f"{key} is a key that vLLM does not know")
