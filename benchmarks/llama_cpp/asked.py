@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 
-def next_tokens(base: Path, adapters: Sequence[Path | None], prompts: Sequence[Sequence[int]], vocabulary: int) -> Tensor:
+def next_tokens(
+    base: Path, adapters: Sequence[Path | None], prompts: Sequence[Sequence[int]], vocabulary: int
+) -> Tensor:
     """Log probabilities of every token to follow each prompt: `(adapters prompts vocabulary)`; None is the base alone.
 
     Raises:

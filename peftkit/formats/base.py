@@ -1,4 +1,4 @@
-"""The model that an adapter is for, as far as converting asks: its config, the names and shapes of its weights, its modules."""
+"""The model that an adapter is for, as far as converting asks: its config, its weights' names and shapes, its modules."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ class Base:
         if self.module is not None:
             config: Any = getattr(self.module, "config", None)
             if not hasattr(config, "to_dict"):
-                raise StorageError(f"the {type(self.module).__name__} given as base has no config, which is asked for its heads")
+                raise StorageError(
+                    f"the {type(self.module).__name__} given as base has no config, which is asked for its heads"
+                )
             found = config.to_dict()
         else:
             assert self.path is not None
@@ -53,7 +55,9 @@ class Base:
     def weights(self) -> dict[str, torch.Size]:
         """Path of each module with a weight -> the weight's shape."""
         if self.module is not None:
-            named = ((site.name, site.module._parameters.get("weight")) for site in walk(self.module) if site.part is None)
+            named = (
+                (site.name, site.module._parameters.get("weight")) for site in walk(self.module) if site.part is None
+            )
             return {name: weight.shape for name, weight in named if weight is not None}
         shapes = {key: self._checkpoint.shape(key) for key in self._checkpoint.places}
         return {key[: -len(".weight")]: shape for key, shape in shapes.items() if key.endswith(".weight")}

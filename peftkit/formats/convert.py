@@ -34,8 +34,8 @@ def convert(
     Args:
         source: peftkit's or peft's directory; a file of kohya-ss's sd-scripts or of LyCORIS; torchtune's tensor file, or the
             directory with it. Its keys tell which it is.
-        base: the model that the adapter is for: its directory, with `config.json` and safetensors, or the model. For `"gguf"`
-            from a directory the config is enough.
+        base: the model that the adapter is for: its directory, with `config.json` and safetensors, or the model. For
+            `"gguf"` the config alone is enough.
         to: `"peftkit"`, the directory that peft and vLLM read too; or `"gguf"`, the file that llama.cpp reads.
         prefix: of a kohya file with parts for several models, the part to take, such as `"lora_unet"`.
         alpha: of a torchtune file that no `adapter_config.json` lies beside.
@@ -77,8 +77,8 @@ def _read(path: Path, base: Base, prefix: str | None, alpha: float | None) -> So
     if any(key.startswith(layout.PREFIX) for key in keys):
         raise StorageError(f"{file} has peft's keys; give its directory, with {layout.CONFIG} beside it")
     raise StorageError(
-        f"{file}: unexpected {min(keys)}: its keys are none of peft's ({layout.PREFIX}…), kohya's or LyCORIS's (lora_unet_….lora_down"
-        ".weight) or torchtune's (layers.0.attn.q_proj.lora_a.weight)"
+        f"{file}: unexpected {min(keys)}: its keys are none of peft's ({layout.PREFIX}…), kohya's or LyCORIS's "
+        "(lora_unet_….lora_down.weight) or torchtune's (layers.0.attn.q_proj.lora_a.weight)"
     )
 
 

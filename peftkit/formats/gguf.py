@@ -1,8 +1,9 @@
-"""LoRA as llama.cpp reads it: a GGUF file, whose adapters `llama_adapter_lora_init` takes (llama.cpp, `src/llama-adapter.cpp`).
+"""LoRA as llama.cpp reads it: a GGUF file (https://github.com/ggml-org/llama.cpp, `src/llama-adapter.cpp`).
 
-`general.type` is "adapter", `adapter.type` "lora". A weight's pair is `<weight>.lora_a (r in)` and `<weight>.lora_b (out r)`, of the
-token embedding `(V r)` and `(dim r)`. There is one `adapter.lora.alpha` for the whole file, and each pair is scaled by alpha / its
-own rank. Where the scales of sites differ from that, the rest of it is multiplied into B, in fp64 and rounded once.
+`general.type` is "adapter", `adapter.type` "lora". A weight's pair is `<weight>.lora_a (r in)` and `<weight>.lora_b (out r)`;
+that of the token embedding is `(V r)` and `(dim r)`. There is one `adapter.lora.alpha` for the whole file, and each pair is
+scaled by alpha over its own rank. Where the scale of a site differs from that, the rest of it is multiplied into B, in fp64 and
+rounded once.
 
 llama.cpp rotates neighbouring rows of q and k for models of the Llama type, so their B has its rows in that order.
 """
@@ -25,6 +26,7 @@ from peftkit.formats.rotary import interleaved
 from peftkit.formats.source import Source
 from peftkit.peft_patterns import PeftPatterns
 from peftkit.storage import StorageError, layout
+from peftkit.storage.reader import FROZEN
 from peftkit.targets import nearest
 
 _LLAMA_TYPES = ("llama", "mistral")  # by model_type: what llama.cpp reads as its architecture "llama"
@@ -63,7 +65,7 @@ def write(source: Source, out: Path, base: Mapping[str, Any], dtype: torch.dtype
     made: dict[str, np.ndarray[Any, Any]] = {}
     for path, (name, a, b) in pairs.items():
         rest = scales[path] * a.shape[0] / alpha
-        b = (b.double() * rest).to(torch.float64) if np.float32(rest) != 1 else b
+        b = b.double() * rest if np.float32(rest) != 1 else b
         if (heads := _heads(path, base)) is not None:
             b = interleaved(b, heads)
         a = a.t() if name.startswith("token_embd.") else a
@@ -81,11 +83,11 @@ def _check_plain(source: Source) -> None:
     if stored.config.method != "lora":
         raise StorageError(f"{where}: it is {stored.config.method}, and llama.cpp reads plain LoRA alone")
     adapted = {stem + name for stem, tensors in stored.sites.items() for name in tensors}
-    others = sorted(stored.tensors.keys() - adapted)
-    if others or stored.frozen:
+    others = [*sorted(stored.tensors.keys() - adapted), *(f"{stem}{FROZEN}" for stem in stored.frozen)]
+    if others:
         raise StorageError(
-            f"{where}: llama.cpp would read no {source.origin.get(others[0], others[0]) if others else 'resized embedding'}, "
-            "which is stored whole (modules_to_save, trained rows or a bias); merge the adapter into the base instead"
+            f"{where}: llama.cpp would read no {others[0]}, which is stored whole (modules_to_save, trained rows or a bias); "
+            "merge the adapter into the base instead"
         )
     init = source.stored.peft.get("init_lora_weights")
     if not stored.own and init in ("pissa", "olora"):
@@ -133,7 +135,9 @@ def _sizes(base: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
     }  # fmt: skip
 
 
-def _check_sizes(source: Source, path: str, pair: tuple[str, Tensor, Tensor], sizes: Mapping[str, tuple[int, int]]) -> None:
+def _check_sizes(
+    source: Source, path: str, pair: tuple[str, Tensor, Tensor], sizes: Mapping[str, tuple[int, int]]
+) -> None:
     _, a, b = pair
     expected, found = sizes[path.rpartition(".")[2]], (b.shape[0], a.shape[1])
     if found != expected:
@@ -161,7 +165,9 @@ def _pair(source: Source, stem: str, tensors: Mapping[str, Tensor]) -> tuple[Ten
             raise StorageError(f"{source.stored.file}: {stem} lacks its lora_{end.upper()}; the file is not complete")
     a, b = found["a"], found["b"]
     if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
-        raise StorageError(f"{source.stored.file}: {stem} has the shapes {tuple(a.shape)} and {tuple(b.shape)}: no pair")
+        raise StorageError(
+            f"{source.stored.file}: {stem} has the shapes {tuple(a.shape)} and {tuple(b.shape)}: no pair"
+        )
     return a, b
 
 

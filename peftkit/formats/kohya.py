@@ -126,7 +126,9 @@ def _path(file: Path, head: str, weights: Mapping[str, torch.Size], at: int) -> 
     if len(found) == 1:
         return found[0]
     if found:
-        raise StorageError(f"{file}: {head} can mean {' or '.join(map(repr, sorted(found)))}, which the name does not tell")
+        raise StorageError(
+            f"{file}: {head} can mean {' or '.join(map(repr, sorted(found)))}, which the name does not tell"
+        )
     near = nearest(wanted, [path.replace(".", "_") for path in weights])
     raise StorageError(f"{file}: unexpected {head}: the base has no module {wanted!r}{near}")
 
@@ -139,7 +141,9 @@ def _kind(file: Path, path: str, found: _Module) -> str:
         raise StorageError(f"{file}: {' and '.join(sorted(kinds.values()))} are of different methods on one module")
     kind = next(iter(kinds))
     if "dora_scale" in found and kind != "LoRA":
-        raise StorageError(f"{file}: {found['dora_scale'][1]} scales a {kind}; magnitudes are supported beside LoRA alone")
+        raise StorageError(
+            f"{file}: {found['dora_scale'][1]} scales a {kind}; magnitudes are supported beside LoRA alone"
+        )
     return "DoRA" if "dora_scale" in found else kind
 
 
@@ -179,8 +183,8 @@ def _lora(file: Path, modules: Mapping[str, _Module], weights: Mapping[str, torc
             out = weights[path][0]
             if m.shape[0] != out or m.numel() != out:
                 raise StorageError(
-                    f"{file}: {key} has the shape {tuple(m.shape)}, expected a magnitude for each of {out} rows; one for each "
-                    "input (wd_on_out=False) is not supported"
+                    f"{file}: {key} has the shape {tuple(m.shape)}, expected a magnitude for each of {out} rows; one for "
+                    "each input (wd_on_out=False) is not supported"
                 )
             m = m.reshape(out) if len(weights[path]) == 2 else m.reshape(1, out, *[1] * (len(weights[path]) - 2))
             tensors[path, "lora_magnitude_vector"] = m, key
@@ -258,7 +262,5 @@ def _common_factor(file: Path, sides: Mapping[str, Sequence[tuple[int, int]]]) -
     for factor in (-1, *usual):
         if all(factorization(size, factor)[0] == first for size, first in split):
             return factor
-    raise StorageError(
-        f"{file}: no one factor splits {', '.join(f'{n} as {a} · {n // a}' for n, a in sorted(split))}, and the modules of a "
-        "LoKr share one"
-    )
+    found = ", ".join(f"{size} as {first} · {size // first}" for size, first in sorted(split))
+    raise StorageError(f"{file}: no one factor splits {found}, and the modules of a LoKr share one")

@@ -1,7 +1,7 @@
 """torchtune's LoRA and DoRA (https://github.com/pytorch/torchtune, `modules/peft`).
 
-`layers.0.attn.q_proj.lora_a.weight (r in)`, `…lora_b.weight (out r)` and DoRA's `…magnitude (out)`, in torchtune's own names.
-Where torchtune rotates neighbouring rows of q and k, as for Llama, B and the magnitudes have their rows in that order.
+`layers.0.attn.q_proj.lora_a.weight (r in)`, `…lora_b.weight (out r)` and DoRA's `…magnitude (out)`, in its own names. Where
+torchtune rotates neighbouring rows of q and k, as for Llama, B and the magnitudes have their rows in that order.
 Its `adapter_config.json` has the rank and alpha; the tensors are in `adapter_model.pt`, once `adapter_0.pt`.
 """
 
@@ -107,8 +107,8 @@ def _heads(file: Path, base: Mapping[str, Any]) -> dict[str, int]:
     kind = base.get("model_type")
     if kind not in _ROTATES_NEIGHBOURS:
         raise StorageError(
-            f"{file}: the base's config.json says model_type={kind!r}; how torchtune orders the rows of q and k is known for "
-            f"{', '.join(_ROTATES_NEIGHBOURS)}"
+            f"{file}: the base's config.json says model_type={kind!r}; how torchtune orders the rows of q and k is "
+            f"known for {', '.join(_ROTATES_NEIGHBOURS)}"
         )
     heads = base.get("num_attention_heads")
     if not isinstance(heads, int):

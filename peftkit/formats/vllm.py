@@ -1,7 +1,7 @@
 """vLLM's rules for adapters, as a check of a directory (https://github.com/vllm-project/vllm, `vllm/lora`).
 
-They are those of `peft_helper.py` (settings), `lora_model.py` (files and modules) and `utils.py` (keys). vLLM itself needs its
-own build for a device, and is not asked.
+They are those of `peft_helper.py` (settings), `lora_model.py` (files and modules) and `utils.py` (keys). vLLM itself needs
+its own build for a device, and is not asked.
 """
 
 from __future__ import annotations
@@ -24,9 +24,7 @@ _EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
 _SKIPPED = (".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight")  # base weights that peft may write
 
 
-def problems(
-    path: str | os.PathLike[str], *, max_rank: int = 16, modules: Collection[str] | None = None
-) -> list[str]:
+def problems(path: str | os.PathLike[str], *, max_rank: int = 16, modules: Collection[str] | None = None) -> list[str]:
     """Why vLLM would refuse the adapter in the directory `path`, or would compute something else; empty where it serves it.
 
     Args:
