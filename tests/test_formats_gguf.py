@@ -152,6 +152,19 @@ def test_peft_adapters_become_gguf(tmp_path):
     assert found.keys() == expected.keys() and all(torch.equal(found[k], expected[k]) for k in found)
 
 
+def test_base_weights_that_peft_writes_beside_embeddings(tmp_path):
+    import peft
+
+    model = peft.get_peft_model(base(), peft.LoraConfig(r=2, target_modules=["embed_tokens"]))
+    model.save_pretrained(tmp_path / "a", save_embedding_layers=True)
+    assert any(key.endswith("base_layer.weight") for key in tensors_of(tmp_path / "a"))
+    peftkit.convert(tmp_path / "a", tmp_path / "a.gguf", to="gguf", base=base())
+    assert set(read(tmp_path / "a.gguf")[1]) == {"token_embd.weight.lora_a", "token_embd.weight.lora_b"}
+    with pytest.raises(StorageError, match=r"embed_tokens' is for 64 × 272, and the base's config\.json says 64 × 300"):
+        larger = llama(hidden=64, vocab_size=300)
+        peftkit.convert(tmp_path / "a", tmp_path / "a.gguf", to="gguf", base=larger)
+
+
 def refused(tmp_path: Path, model: nn.Module, match: str, **config: Any) -> None:
     peftkit.save(model, tmp_path / "adapter")
     (tmp_path / "base").mkdir()

@@ -26,7 +26,6 @@ from peftkit.formats.rotary import interleaved
 from peftkit.formats.source import Source
 from peftkit.peft_patterns import PeftPatterns
 from peftkit.storage import StorageError, layout
-from peftkit.storage.reader import FROZEN
 from peftkit.targets import nearest
 
 _LLAMA_TYPES = ("llama", "mistral")  # by model_type: what llama.cpp reads as its architecture "llama"
@@ -83,11 +82,12 @@ def _check_plain(source: Source) -> None:
     if stored.config.method != "lora":
         raise StorageError(f"{where}: it is {stored.config.method}, and llama.cpp reads plain LoRA alone")
     adapted = {stem + name for stem, tensors in stored.sites.items() for name in tensors}
-    others = [*sorted(stored.tensors.keys() - adapted), *(f"{stem}{FROZEN}" for stem in stored.frozen)]
+    # a base weight that peft wrote beside an adapted embedding is the base's; of a resized one, the pair's sizes tell
+    others = sorted(stored.tensors.keys() - adapted)
     if others:
         raise StorageError(
-            f"{where}: llama.cpp would read no {others[0]}, which is stored whole (modules_to_save, trained rows or a bias); "
-            "merge the adapter into the base instead"
+            f"{where}: llama.cpp would read no {others[0]}, which is stored whole (modules_to_save, trained rows or a "
+            "bias); merge the adapter into the base instead"
         )
     init = source.stored.peft.get("init_lora_weights")
     if not stored.own and init in ("pissa", "olora"):
