@@ -1,4 +1,4 @@
-"""A real decoder in the real llama.cpp: the same next tokens as in torch; and what the docs say of it is what was measured."""
+"""A real decoder in the real llama.cpp: the same next tokens as in torch; what the docs say of it was measured."""
 
 from __future__ import annotations
 

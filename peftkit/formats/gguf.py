@@ -1,9 +1,9 @@
 """LoRA as llama.cpp reads it: a GGUF file (https://github.com/ggml-org/llama.cpp, `src/llama-adapter.cpp`).
 
-`general.type` is "adapter", `adapter.type` "lora". A weight's pair is `<weight>.lora_a (r in)` and `<weight>.lora_b (out r)`;
-that of the token embedding is `(V r)` and `(dim r)`. There is one `adapter.lora.alpha` for the whole file, and each pair is
-scaled by alpha over its own rank. Where the scale of a site differs from that, the rest of it is multiplied into B, in fp64 and
-rounded once.
+`general.type` is "adapter", `adapter.type` "lora". The pair of a weight is `<weight>.lora_a (r in)` and `.lora_b (out r)`;
+that of the token embedding is `(V r)` and `(dim r)`. There is one `adapter.lora.alpha` for the whole file, and each pair
+is scaled by alpha over its own rank. Where the scale of a site differs from that, the rest of it is multiplied into B, in
+fp64 and rounded once.
 
 llama.cpp rotates neighbouring rows of q and k for models of the Llama type, so their B has its rows in that order.
 """
