@@ -212,6 +212,19 @@ PLOTS = {
     "schedules-smollm2": ("SmolLM2-135M, language-model loss on film reviews", schedules.plot),
 }
 
+
+def _llama_cpp(rows: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in rows["versions"].items())
+    lines = []
+    for row in rows["adapters"]:
+        others = {what: of for what, of in row.items() if isinstance(of, dict)}
+        for what, of in {"llama.cpp": row, **others}.items():
+            agree = [f"{of[key]} of {of['prompts']}" for key in ("same first", "same ten")]
+            lines.append((row["adapter"], what, *agree, f"{of['largest difference']:.1e}"))
+    head = ("adapter", "beside torch with the adapter", "same next token", "same ten, in order", "log p apart at most")
+    return f"{versions}; fp32 throughout, six prompts.\n\n{_table(head, lines)}"
+
+
 SECTIONS = (
     ("against_peft", "The verbs, beside peft", "python -m benchmarks.against_peft --full", _against_peft),
     ("lora_linear-cpu", "The LoRA linear", "python benchmarks/lora_linear.py", _lora_linear),
@@ -236,6 +249,7 @@ SECTIONS = (
         "python -m benchmarks.schedules",
         partial(_schedules, "schedules-smollm2"),
     ),
+    ("gguf-smollm2", "An adapter in llama.cpp: SmolLM2-135M", "python -m benchmarks.llama_cpp", _llama_cpp),
 )
 
 

@@ -24,6 +24,7 @@ from peftkit.checkpoints.differences import Difference, difference
 from peftkit.checkpoints.extraction import extract
 from peftkit.checkpoints.merge import merge_checkpoint
 from peftkit.distillation import TeacherLogits, context_distillation, teacher_logits
+from peftkit.formats.convert import convert
 from peftkit.method import Adapter, Config, NotMergeable
 from peftkit.methods.bitfit import BitFitConfig
 from peftkit.methods.dora import DoRAConfig
@@ -77,6 +78,7 @@ __all__ = [
     "adapters",
     "combine",
     "context_distillation",
+    "convert",
     "describe",
     "difference",
     "disabled",

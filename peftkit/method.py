@@ -16,7 +16,6 @@ registers the method::
 
 from __future__ import annotations
 
-import difflib
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -311,10 +310,8 @@ def method_for(stored: Mapping[str, Any]) -> type[Config]:
     for cls in _registry.values():
         if peft_type in (cls.peft_type, *cls.other_peft_types) and cls.reads(stored):
             return cls
-    known = sorted(c.peft_type for c in _registry.values())
-    close = difflib.get_close_matches(str(peft_type), known, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
-    raise ValueError(f"peft_type {peft_type!r} belongs to no method; {hint}")
+    known = ", ".join(sorted(c.peft_type for c in _registry.values()))
+    raise ValueError(f"peft_type {peft_type!r} belongs to no method; known are {known}")
 
 
 def registered() -> dict[str, type[Config]]:

@@ -46,6 +46,7 @@ FLOORS = {
     "peftkit.building": 3,
     "peftkit.loading": 3,
     "peftkit.checkpoints": 4,
+    "peftkit.formats": 4,
     "peftkit.storage": 3,
     "peftkit.merging": 3,
     "peftkit.report": 3,

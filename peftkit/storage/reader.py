@@ -22,7 +22,7 @@ from peftkit.storage.tensorfile import TensorFile
 _ROWS = "token_adapter.trainable_tokens_delta"
 FROZEN = "base_layer.weight"
 _EMBEDDINGS = ("embed_tokens", "lm_head")  # what peft saves whole, unasked, where the vocabulary was resized
-_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass
@@ -30,6 +30,7 @@ class Stored:
     """An adapter as read: nothing in it has met a model yet.
 
     Attributes:
+        path: its directory; of another format's, the file.
         config: of its method; its full names are the file's until `match` has found the model's.
         peft: what `adapter_config.json` says.
         tensors: by their key in the file; views of one buffer.
@@ -58,7 +59,7 @@ class Stored:
 
     @property
     def file(self) -> Path:
-        return self.path / layout.TENSORS
+        return self.path if self.path.is_file() else self.path / layout.TENSORS
 
     @property
     def own(self) -> bool:
@@ -85,6 +86,20 @@ def read(path: str | os.PathLike[str], *, name: str = "default") -> Stored:
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError, re.error) as error:
         what = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise StorageError(f"{folder / layout.CONFIG}: {what}") from error
+
+
+def understood(path: Path, peft: dict[str, Any], tensors: dict[str, Tensor]) -> Stored:
+    """An adapter that another format's reader has put into peft's form; `path` is the file that it read.
+
+    Raises:
+        StorageError: the settings and the tensors make no adapter.
+    """
+    try:
+        return _understood(path, peft, TensorFile(tensors, [], {}, None), None)
+    except StorageError:
+        raise
+    except ValueError as error:
+        raise StorageError(f"{path}: {error}") from error
 
 
 def _read_tensors(folder: Path) -> TensorFile:
@@ -121,7 +136,7 @@ def _own(folder: Path, found: TensorFile, peft: Mapping[str, Any]) -> dict[str, 
 
 def _check_values(folder: Path, found: TensorFile) -> None:
     for key, t in found.tensors.items():
-        if t.is_floating_point() and t.dtype not in _FLOATS:
+        if t.is_floating_point() and t.dtype not in FLOATS:
             raise StorageError(f"{folder / layout.TENSORS}: {key} is {t.dtype}; expected a dtype of 16 bits or more")
     if (wrong := found.not_finite()) is not None:
         raise StorageError(f"{folder / layout.TENSORS}: {wrong} has values that are not finite")

@@ -1,0 +1,1 @@
+"""Adapters in other programs' files: what they mean, in peft's terms."""

@@ -1,0 +1,106 @@
+"""Adapters from one program's files to another's, without building a model."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from peftkit import storage
+from peftkit.formats import gguf, kohya, torchtune
+from peftkit.formats.base import Base
+from peftkit.formats.source import Source, read_tensors
+from peftkit.storage import StorageError, layout
+from peftkit.storage.jsonfile import read_object
+
+_TO = ("peftkit", "gguf")
+
+
+def convert(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    base: str | os.PathLike[str] | nn.Module,
+    to: str = "peftkit",
+    prefix: str | None = None,
+    alpha: float | None = None,
+    dtype: torch.dtype = torch.float32,
+    check_base: bool = True,
+) -> None:
+    """Write the adapter at `source`, of whatever format, to `out`; what is there stays whole until the new one is.
+
+    Args:
+        source: peftkit's or peft's directory; a file of kohya-ss's sd-scripts or of LyCORIS; torchtune's tensor file, or the
+            directory with it. Its keys tell which it is.
+        base: the model that the adapter is for: its directory, with `config.json` and safetensors, or the model. For
+            `"gguf"` the config alone is enough.
+        to: `"peftkit"`, the directory that peft and vLLM read too; or `"gguf"`, the file that llama.cpp reads.
+        prefix: of a kohya file with parts for several models, the part to take, such as `"lora_unet"`.
+        alpha: of a torchtune file that no `adapter_config.json` lies beside.
+        dtype: of the tensors in a GGUF file, fp32 or fp16; a directory keeps those of the source.
+        check_base: as in `load`; `"gguf"` compares sizes alone.
+
+    Raises:
+        StorageError: a key that is unknown or missing, a kind of adapter that the wanted format cannot express, tensors that
+            do not fit the base, a damaged file. The message names it, and what was at `out` is as it was.
+        ValueError: an unknown format.
+    """
+    if to not in _TO:
+        raise ValueError(f"to: one of {', '.join(map(repr, _TO))}, not {to!r}")
+    model = Base(base)
+    adapter = _read(Path(source), model, prefix, alpha)
+    try:
+        if to == "gguf":
+            gguf.write(adapter, Path(out), model.config, dtype)
+        else:
+            root, attachment = model.attached(adapter.stored, check_base=check_base)
+            storage.save(root, attachment, out)
+    except StorageError as error:
+        raise StorageError(adapter.in_its_own_words(str(error))) from error
+
+
+def _read(path: Path, base: Base, prefix: str | None, alpha: float | None) -> Source:
+    if path.is_dir() and (file := _torchtune_file(path)) is None and (path / layout.CONFIG).exists():
+        return Source(storage.read(path), {})
+    file = _file(path)
+    if file.suffix == ".gguf":
+        raise StorageError(f"{file}: GGUF is written here, not read; convert the adapter that it was made from")
+    tensors = read_tensors(file)
+    keys = list(tensors)
+    if torchtune.looks_so(keys):
+        settings = file.parent / layout.CONFIG
+        return torchtune.read(file, tensors, read_object(settings) if settings.exists() else None, base.config, alpha)
+    if kohya.looks_so(keys):
+        return kohya.read(file, tensors, base.weights, prefix)
+    if any(key.startswith(layout.PREFIX) for key in keys):
+        raise StorageError(f"{file} has peft's keys; give its directory, with {layout.CONFIG} beside it")
+    raise StorageError(
+        f"{file}: unexpected {min(keys)}: its keys are none of peft's ({layout.PREFIX}…), kohya's or LyCORIS's "
+        "(lora_unet_….lora_down.weight) or torchtune's (layers.0.attn.q_proj.lora_a.weight)"
+    )
+
+
+def _torchtune_file(folder: Path) -> Path | None:
+    """Its tensors in its own names, beside which it may have written them in peft's."""
+    found = sorted(folder.glob("adapter_*.pt"))
+    if len(found) > 1:
+        raise StorageError(f"{folder} has {', '.join(p.name for p in found)}; name the one to convert")
+    return found[0] if found else None
+
+
+def _file(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    found = _torchtune_file(path) or next(iter(_alone(path)), None)
+    if found is None:
+        raise StorageError(f"{path} is no adapter: it has neither {layout.CONFIG} nor one file of tensors")
+    return found
+
+
+def _alone(folder: Path) -> list[Path]:
+    found = sorted(folder.glob("*.safetensors"))
+    if len(found) > 1:
+        raise StorageError(f"{folder} has {', '.join(p.name for p in found)}; name the one to convert")
+    return found

@@ -1,0 +1,118 @@
+"""torchtune's LoRA and DoRA (https://github.com/pytorch/torchtune, `modules/peft`).
+
+`layers.0.attn.q_proj.lora_a.weight (r in)`, `…lora_b.weight (out r)` and DoRA's `…magnitude (out)`, in its own names. Where
+torchtune rotates neighbouring rows of q and k, as for Llama, B and the magnitudes have their rows in that order.
+Its `adapter_config.json` has the rank and alpha; the tensors are in `adapter_model.pt`, once `adapter_0.pt`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from peftkit import peft_lora
+from peftkit.formats.rotary import halves
+from peftkit.formats.source import Source, from_peft_form
+from peftkit.storage import StorageError
+from peftkit.targets import nearest
+
+_MODULES = {
+    "attn.q_proj": "self_attn.q_proj",
+    "attn.k_proj": "self_attn.k_proj",
+    "attn.v_proj": "self_attn.v_proj",
+    "attn.output_proj": "self_attn.o_proj",
+    "mlp.w1": "mlp.gate_proj",
+    "mlp.w2": "mlp.down_proj",
+    "mlp.w3": "mlp.up_proj",
+}
+_TENSORS = {
+    "lora_a.weight": "lora_A.weight",
+    "lora_b.weight": "lora_B.weight",
+    "magnitude": "lora_magnitude_vector",
+    "magnitude.weight": "lora_magnitude_vector",
+}
+_KEY = re.compile(r"(?:layers\.(\d+)\.(.+?)|(output))\.(lora_a\.weight|lora_b\.weight|magnitude(?:\.weight)?)")
+# by `model_type`: whether torchtune rotates neighbouring rows, and so permutes what transformers keeps in halves
+_ROTATES_NEIGHBOURS = {"llama": True, "mistral": True, "gemma": True, "gemma2": True, "qwen2": False, "qwen3": False}
+
+
+def looks_so(keys: Sequence[str]) -> bool:
+    """Whether keys are of this format."""
+    return any(_KEY.fullmatch(key) for key in keys)
+
+
+def read(
+    file: Path,
+    tensors: Mapping[str, Tensor],
+    settings: Mapping[str, Any] | None,
+    base: Mapping[str, Any],
+    alpha: float | None,
+) -> Source:
+    """The adapter in `tensors`.
+
+    Args:
+        file: where they were read.
+        settings: torchtune's `adapter_config.json`; None where there is none.
+        base: the base's `config.json`, for its heads.
+        alpha: takes the place of what `settings` say.
+
+    Raises:
+        StorageError: an unknown key, a base that torchtune does not have or whose heads do not fit, no alpha.
+    """
+    heads = _heads(file, base)
+    if alpha is None and (settings is None or not isinstance(settings.get("lora_alpha"), int | float)):
+        raise StorageError(f"{file}: no adapter_config.json beside it says lora_alpha; pass alpha=")
+    scale: Any = settings["lora_alpha"] if alpha is None and settings is not None else alpha
+    made: dict[tuple[str, str], tuple[Tensor, str]] = {}
+    for key, t in tensors.items():
+        path, name = _placed(file, key)
+        if name != "lora_A.weight" and (count := heads.get(path.rpartition(".")[2])) is not None:
+            try:
+                t = halves(t, count)
+            except ValueError as error:
+                raise StorageError(f"{file}: {key} is not of this base: {error}") from error
+        made[path, name] = t, key
+    ranks = {path: t.shape[0] for (path, name), (t, _) in made.items() if name == "lora_A.weight"}
+    for path, _ in made:
+        if path not in ranks:
+            raise StorageError(f"{file}: {path!r}, in torchtune's own words {_theirs(path)!r}, has no lora_a.weight")
+    dora = any(name == "lora_magnitude_vector" for _, name in made)
+    pairs = {path: (r, float(scale)) for path, r in ranks.items()}
+    return from_peft_form(file, {"peft_type": "LORA", **peft_lora.settings(pairs, use_dora=dora)}, made)
+
+
+def _placed(file: Path, key: str) -> tuple[str, str]:
+    """Path of the module in transformers, and peft's name of the tensor."""
+    found = _KEY.fullmatch(key)
+    if found is not None and found[3]:
+        return "lm_head", _TENSORS[found[4]]
+    if found is None or found[2] not in _MODULES:
+        every = [f"layers.0.{m}.{t}" for m in _MODULES for t in ("lora_a.weight", "lora_b.weight", "magnitude")]
+        raise StorageError(f"{file}: unexpected {key}{nearest(re.sub(r'[0-9]+', '0', key), every)}")
+    return f"model.layers.{found[1]}.{_MODULES[found[2]]}", _TENSORS[found[4]]
+
+
+def _theirs(path: str) -> str:
+    back = {ours: theirs for theirs, ours in _MODULES.items()}
+    layer, _, module = path.removeprefix("model.layers.").partition(".")
+    return f"layers.{layer}.{back[module]}" if module in back else "output"
+
+
+def _heads(file: Path, base: Mapping[str, Any]) -> dict[str, int]:
+    """Number of heads by the projection whose rows are permuted."""
+    kind = base.get("model_type")
+    if kind not in _ROTATES_NEIGHBOURS:
+        raise StorageError(
+            f"{file}: the base's config.json says model_type={kind!r}; how torchtune orders the rows of q and k is "
+            f"known for {', '.join(_ROTATES_NEIGHBOURS)}"
+        )
+    heads = base.get("num_attention_heads")
+    if not isinstance(heads, int):
+        raise StorageError(f"{file}: the base's config.json has no num_attention_heads")
+    if not _ROTATES_NEIGHBOURS[kind]:
+        return {}
+    return {"q_proj": heads, "k_proj": base.get("num_key_value_heads") or heads}

@@ -1,0 +1,190 @@
+"""torchtune's adapters: converting, then merging is merging in torchtune's own layout, then converting the weights."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from storage_helpers import config_of, llama, peft_model, tensors_of
+from torch import Tensor, nn
+
+import peftkit
+from peftkit import StorageError
+
+NAMES = {
+    "attn.q_proj": "self_attn.q_proj", "attn.k_proj": "self_attn.k_proj", "attn.v_proj": "self_attn.v_proj",
+    "attn.output_proj": "self_attn.o_proj", "mlp.w1": "mlp.gate_proj", "mlp.w2": "mlp.down_proj", "mlp.w3": "mlp.up_proj",
+}  # fmt: skip
+IDS = torch.tensor([[1, 5, 9, 2], [30, 7, 7, 11]])
+
+
+def order(model: nn.Module, name: str) -> Tensor | None:
+    """Row i of torchtune's weight is row `order[i]` of transformers'; None where both are alike."""
+    config: Any = model.config
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.rpartition(".")[2])
+    if heads is None or config.model_type == "qwen2":
+        return None
+    d = config.hidden_size // config.num_attention_heads
+    return torch.tensor([h * d + half * d // 2 + i for h in range(heads) for i in range(d // 2) for half in (0, 1)])
+
+
+def made(model: nn.Module, r: int, *, dora: bool) -> dict[str, Tensor]:
+    """An adapter on every Linear as torchtune keeps it."""
+    generator = torch.Generator().manual_seed(2)
+    found = {}
+    for i in range(model.config.num_hidden_layers):
+        for theirs, ours in NAMES.items():
+            weight: Any = model.get_submodule(f"model.layers.{i}.{ours}").weight
+            stem = f"layers.{i}.{theirs}"
+            found[f"{stem}.lora_a.weight"] = 0.3 * torch.randn(r, weight.shape[1], generator=generator)
+            found[f"{stem}.lora_b.weight"] = 0.3 * torch.randn(weight.shape[0], r, generator=generator)
+            if dora:
+                found[f"{stem}.magnitude"] = 0.2 + torch.rand(weight.shape[0], generator=generator)
+    return found
+
+
+@torch.no_grad()
+def merged_their_way(model: nn.Module, adapter: dict[str, Tensor], scale: float) -> nn.Module:
+    """Every weight brought into torchtune's layout, merged there as its `LoRALinear` and `DoRALinear` compute, and back."""
+    for i in range(model.config.num_hidden_layers):
+        for theirs, ours in NAMES.items():
+            weight: Any = model.get_submodule(f"model.layers.{i}.{ours}").weight
+            rows = order(model, ours)
+            own = weight if rows is None else weight[rows]
+            stem = f"layers.{i}.{theirs}"
+            new = own + scale * adapter[f"{stem}.lora_b.weight"] @ adapter[f"{stem}.lora_a.weight"]
+            if (m := adapter.get(f"{stem}.magnitude")) is not None:
+                new = new * (m / new.norm(dim=1))[:, None]
+            weight.copy_(new if rows is None else new[rows.argsort()])
+    return model
+
+
+def qwen2() -> nn.Module:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }  # fmt: skip
+    return Qwen2ForCausalLM(Qwen2Config(**sizes)).eval()
+
+
+def write(folder: Path, adapter: dict[str, Tensor], name: str = "adapter_model.pt", **settings: Any) -> Path:
+    folder.mkdir(exist_ok=True)
+    if name.endswith(".pt"):
+        torch.save(adapter, folder / name)
+    else:
+        save_file(adapter, folder / name)
+    if settings:
+        (folder / "adapter_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+SETTINGS = {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj"], "peft_type": "LORA"}
+
+
+@pytest.mark.parametrize("make", [llama, qwen2])
+@pytest.mark.parametrize("dora", [False, True])
+def test_converting_then_merging_is_merging_then_converting(make, dora, tmp_path):
+    adapter = made(make(), 3, dora=dora)
+    write(tmp_path / "theirs", adapter, **SETTINGS)
+    expected = merged_their_way(make(), adapter, 5 / 3)
+    peftkit.convert(tmp_path / "theirs", tmp_path / "ours", base=make())
+    model = make()
+    peftkit.load(model, tmp_path / "ours")
+    with torch.no_grad():
+        logits = expected(IDS).logits
+        assert torch.allclose(model(IDS).logits, logits, atol=2e-5)
+        assert torch.allclose(peft_model(make(), tmp_path / "ours")(IDS).logits, logits, atol=2e-5)
+        assert not torch.allclose(make()(IDS).logits, logits, atol=1e-2)
+    peftkit.merge(model)
+    for key, weight in expected.state_dict().items():
+        assert torch.allclose(model.state_dict()[key], weight, atol=1e-5), key
+    # from directories alone, and from a safetensors file with the alpha given
+    make().save_pretrained(tmp_path / "base")
+    write(tmp_path, adapter, "adapter.safetensors")
+    peftkit.convert(tmp_path / "adapter.safetensors", tmp_path / "again", base=tmp_path / "base", alpha=5.0)
+    first, second = tensors_of(tmp_path / "ours"), tensors_of(tmp_path / "again")
+    assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+    assert config_of(tmp_path / "again")["use_dora"] is dora
+
+
+def test_its_own_tensors_go_before_those_it_wrote_for_peft(tmp_path):
+    """torchtune permutes q and k for peft whatever the model, and has no place there for magnitudes."""
+    adapter = made(llama(), 3, dora=False)
+    write(tmp_path / "theirs", adapter, **SETTINGS)
+    (tmp_path / "theirs" / "adapter_model.safetensors").write_bytes(b"not looked at")
+    peftkit.convert(tmp_path / "theirs", tmp_path / "ours", base=llama())
+    assert len(tensors_of(tmp_path / "ours")) == len(adapter)
+    write(tmp_path / "theirs", adapter, "adapter_0.pt")
+    with pytest.raises(StorageError, match=r"has adapter_0\.pt, adapter_model\.pt; name the one"):
+        peftkit.convert(tmp_path / "theirs", tmp_path / "ours", base=llama())
+    peftkit.convert(tmp_path / "theirs" / "adapter_0.pt", tmp_path / "ours", base=llama())
+
+
+def test_the_output_head(tmp_path):
+    adapter = {"output.lora_a.weight": torch.randn(2, 16), "output.lora_b.weight": torch.randn(32, 2)}
+    write(tmp_path / "theirs", adapter, r=2, lora_alpha=2)
+    peftkit.convert(tmp_path / "theirs", tmp_path / "ours", base=llama())
+    assert set(tensors_of(tmp_path / "ours")) == {f"base_model.model.lm_head.lora_{e}.weight" for e in "AB"}
+
+
+Q = "layers.0.attn.q_proj"
+PAIR = {f"{Q}.lora_a.weight": torch.ones(2, 16), f"{Q}.lora_b.weight": torch.ones(16, 2)}
+WRONG: dict[str, tuple[dict[str, Tensor], str]] = {
+    "module": ({**PAIR, "layers.1.attn.o_proj.lora_a.weight": torch.ones(2, 16)}, r"unexpected layers\.1\.attn\.o_proj"),
+    "near": ({**PAIR, "layers.0.atn.q_proj.lora_a.weight": torch.ones(2, 16)}, r"did you mean 'layers\.0\.attn\.q_proj"),
+    "embedding": ({**PAIR, "tok_embeddings.lora_a.weight": torch.ones(2, 16)}, r"unexpected tok_embeddings\.lora_a\.weight"),
+    "layer": ({**PAIR, "layers.7.mlp.w1.lora_a.weight": torch.ones(2, 16)}, r"layers\.7\.mlp\.w1\.lora_a\.weight"),
+    "no-a": ({**PAIR, "layers.0.mlp.w1.lora_b.weight": torch.ones(32, 2)}, r"'layers\.0\.mlp\.w1', has no lora_a"),
+    "no-b": ({f"{Q}.lora_a.weight": torch.ones(2, 16)}, r"missing .*q_proj\.lora_B"),
+    "heads": ({**PAIR, f"{Q}.lora_b.weight": torch.ones(12, 2)}, rf"{Q}\.lora_b\.weight is not of this base: 12 rows"),
+    "shape": ({**PAIR, f"{Q}.lora_b.weight": torch.ones(32, 2)}, rf"{Q}\.lora_b\.weight has shape \(32, 2\), expected"),
+    "nan": ({**PAIR, f"{Q}.lora_b.weight": torch.full((16, 2), torch.inf)}, rf"{Q}\.lora_b\.weight has values that are not"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_is_named(name, tmp_path):
+    adapter, match = WRONG[name]
+    write(tmp_path / "theirs", adapter, r=2, lora_alpha=2)
+    with pytest.raises(StorageError, match=match):
+        peftkit.convert(tmp_path / "theirs", tmp_path / "ours", base=llama())
+    assert not (tmp_path / "ours").exists()
+
+
+class Harmful:
+    def __reduce__(self) -> Any:
+        return Path.touch, (Path("harmed"),)
+
+
+def test_no_other_pickle_is_opened(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "adapter_0.pt").write_bytes(pickle.dumps(Harmful()))
+    with pytest.raises(StorageError, match=r"adapter_0\.pt cannot be read as tensors alone"):
+        peftkit.convert(tmp_path / "adapter_0.pt", tmp_path / "ours", base=llama(), alpha=1)
+    assert not (tmp_path / "harmed").exists()
+    torch.save({"model": PAIR}, tmp_path / "adapter_0.pt")
+    with pytest.raises(StorageError, match="'model' is a dict; expected tensors"):
+        peftkit.convert(tmp_path / "adapter_0.pt", tmp_path / "ours", base=llama(), alpha=1)
+    torch.save([1], tmp_path / "adapter_0.pt")
+    with pytest.raises(StorageError, match="holds a list; expected tensors"):
+        peftkit.convert(tmp_path / "adapter_0.pt", tmp_path / "ours", base=llama(), alpha=1)
+
+
+def test_what_it_does_not_say_is_asked(tmp_path):
+    write(tmp_path / "theirs", PAIR)
+    with pytest.raises(StorageError, match="no adapter_config.json beside it says lora_alpha; pass alpha="):
+        peftkit.convert(tmp_path / "theirs", tmp_path / "ours", base=llama())
+    model = llama()
+    model.config = type("C", (), {"to_dict": lambda self: {"model_type": "phi3"}})()
+    with pytest.raises(
+        StorageError, match="model_type='phi3'; how torchtune orders the rows of q and k is known for llama"
+    ):
+        peftkit.convert(tmp_path / "theirs", tmp_path / "ours", base=model, alpha=2)
