@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,7 @@ FLOORS = {
     "peftkit.distillation": 4,
     "peftkit.cli": 5,
     "peftkit.integrations": 5,
+    "peftkit.testing": 5,
 }
 TOP = 6
 
@@ -68,6 +70,7 @@ def name_of(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+@functools.cache
 def imported(path: Path) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
