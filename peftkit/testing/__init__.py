@@ -17,7 +17,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 
-import pytest
+try:
+    import pytest
+except ImportError as error:
+    raise ImportError("peftkit.testing needs pytest: pip install pytest") from error
 
 pytest.register_assert_rewrite("peftkit.testing.laws")
 
