@@ -29,14 +29,16 @@ autodoc_mock_imports = ["lightning", "pytest", "transformers", "trl"]
 default_role = "code"
 
 
-def literal_formulas(app: Any, what: str, name: str, found: Any, options: Any, lines: list[str]) -> None:
-    """Formulas stand indented in the docstrings of modules; reStructuredText would set them as quotations."""
-    if what != "module":
-        return
-    text = re.sub(r"(?<!:)(\n\n)(?= {4})", r"\n\n::\n\n", "\n".join(lines))
-    lines[:] = text.split("\n")
+def as_meant(app: Any, what: str, name: str, found: Any, options: Any, lines: list[str]) -> None:
+    """Formulas stand indented in the docstrings of modules, which reStructuredText would set as quotations; and what
+    stands before a colon in that of a property is no type, as napoleon takes that of the first line to be.
+    """
+    if what == "module":
+        lines[:] = re.sub(r"(?<!:)\n\n(?= {4})", r"\n\n::\n\n", "\n".join(lines)).split("\n")
+    elif what == "property":
+        lines[:0] = ["..", ""]  # an empty comment
 
 
 def setup(app: Any) -> None:
     """Called by Sphinx."""
-    app.connect("autodoc-process-docstring", literal_formulas)
+    app.connect("autodoc-process-docstring", as_meant, priority=400)  # before napoleon
