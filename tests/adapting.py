@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import models
 import pytest
 import torch
-from models import Case, output
 from torch import Tensor, nn
 
 import peftkit
 from peftkit import LoRAConfig
+from peftkit.testing import models
+from peftkit.testing.models import Case, output
 
 CONFIG = LoRAConfig(r=2, alpha=4, targets="0")
 CASES = {case.name: case for case in models.CASES}

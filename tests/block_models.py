@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from models import drawn, ids, numbers
 from torch import Tensor, nn
+
+from peftkit.testing.models import drawn, ids, numbers
 
 
 @dataclass(frozen=True)

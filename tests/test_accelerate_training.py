@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from accelerate import Accelerator
-from models import llama
 from trainers import Sentences, adapted, equal, states
 
 import peftkit
 from peftkit import LISA, LoRAConfig
+from peftkit.testing.models import llama
 
 
 def run(kind, folder, resume=False, steps=6):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import drawn, evaluated, ids, llama
 
 import peftkit
 from peftkit import LoRAConfig
 from peftkit.methods.lora import LoRAAdapter
+from peftkit.testing.models import drawn, evaluated, ids, llama
 
 
 class Failure(Exception):

@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import models
 import pytest
 import torch
-from models import drawn, evaluated, ids, numbers
 from torch import Tensor, nn
 
 import peftkit
 from peftkit import LoRAConfig
+from peftkit.testing import models
+from peftkit.testing.models import drawn, evaluated, ids, numbers
 
 
 class Classifier(nn.Module):

@@ -6,7 +6,6 @@ import copy
 
 import pytest
 import torch
-from models import drawn, evaluated, numbers
 from small_helpers import grafted
 from storage_helpers import llama
 from storage_models import bert
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 import peftkit
 from peftkit import BitFitConfig, TargetError
+from peftkit.testing.models import drawn, evaluated, numbers
 
 
 class Kinds(nn.Module):

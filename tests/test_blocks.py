@@ -7,12 +7,12 @@ import copy
 import pytest
 import torch
 from block_models import FAMILIES, Attention, Backwards, FeedForward, Numbered, stack
-from models import drawn, encoder, numbers
 from torch import nn
 
 import peftkit
 from peftkit import ParallelAdapterConfig, SeriesAdapterConfig, TargetError, blocks, running_order
 from peftkit.sites import walk
+from peftkit.testing.models import drawn, encoder, numbers
 
 each = pytest.mark.parametrize("family", FAMILIES, ids=str)
 

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from block_models import Layer, stack
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import bert, drawn, encoder, evaluated, gpt2, ids, linear, llama, numbers
 from torch import Tensor, nn
 
 import peftkit
 from peftkit import LoRAConfig, ParallelAdapterConfig, SeriesAdapterConfig, TargetError
 from peftkit.bottleneck_config import ACTIVATIONS
+from peftkit.testing.models import bert, drawn, encoder, evaluated, gpt2, ids, linear, llama, numbers
 
 CLASSES = (SeriesAdapterConfig, ParallelAdapterConfig)
 every = pytest.mark.parametrize("cls", CLASSES, ids=lambda c: c.method)

@@ -8,7 +8,6 @@ import pickle
 import pytest
 import torch
 from block_models import Layer, Numbered, stack
-from models import bert, convolutions, drawn, encoder, evaluated, gpt2, ids, llama, numbers, output
 from safetensors import safe_open
 from storage_helpers import rewrite, tensors_of
 from test_bottleneck import CLASSES, draw, every
@@ -17,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import peftkit
 from peftkit import LoRAConfig, NotMergeable, ParallelAdapterConfig, SeriesAdapterConfig, StorageError, TargetError
+from peftkit.testing.models import bert, convolutions, drawn, encoder, evaluated, gpt2, ids, llama, numbers, output
 
 PLACES = (
     (SeriesAdapterConfig, ("attention", "mlp")),

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import models
 import pytest
 import torch
 from adapting import CASES, adapted, close, draw, gradients
-from models import drawn, evaluated, output
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import peftkit
 from peftkit import LoRAConfig
+from peftkit.testing import models
+from peftkit.testing.models import drawn, evaluated, output
 
 # -- torch.compile --------------------------------------------------------------------------------------------------------
 

@@ -6,14 +6,12 @@ import copy
 import pickle
 import threading
 
-import models
 import pytest
 import torch
 import torch.nn.functional as F
 from adapting import draw, gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import evaluated, output
 from torch import Tensor, nn
 
 import peftkit
@@ -22,6 +20,8 @@ from peftkit.graft import graft_of
 from peftkit.kernels import dora_norm
 from peftkit.kernels import lora_linear as kernels
 from peftkit.methods import dora
+from peftkit.testing import models
+from peftkit.testing.models import evaluated, output
 
 CASES = {case.name: case for case in models.CASES}
 each = pytest.mark.parametrize("case", CASES.values(), ids=str)

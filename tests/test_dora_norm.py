@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import copy
 
-import models
 import pytest
 import torch
 from adapting import gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import evaluated, output
 from test_dora import CASES, adapter_of, attached, formula, moved, one
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -20,6 +18,8 @@ from peftkit import DoRAConfig, kept_norms
 from peftkit.kernels import dora_norm
 from peftkit.kernels.dora_norm import reference
 from peftkit.kernels.row_norms import row_norms
+from peftkit.testing import models
+from peftkit.testing.models import evaluated, output
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64])
 

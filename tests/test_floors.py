@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
@@ -53,10 +54,11 @@ FLOORS = {
     "peftkit.cost": 3,
     "peftkit.api": 4,
     "peftkit.distillation": 4,
-    "peftkit.cli": 5,
+    "peftkit.cli": 7,
     "peftkit.integrations": 5,
+    "peftkit.testing": 5,
 }
-TOP = 6
+TOP = 6  # the package itself; the command line is above it
 
 
 def floor(module: str) -> int:
@@ -69,6 +71,7 @@ def name_of(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+@functools.cache
 def imported(path: Path) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):

@@ -6,15 +6,15 @@ import functools
 import gc
 from typing import Any
 
-import models
 import pytest
 import torch
 from adapting import CONFIG, added, draw, pairs
-from models import drawn, evaluated, numbers
 from torch import Tensor, nn
 
 import peftkit
 from peftkit import LoRAConfig
+from peftkit.testing import models
+from peftkit.testing.models import drawn, evaluated, numbers
 
 # -- quantised ----------------------------------------------------------------------------------------------------------
 

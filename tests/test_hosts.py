@@ -9,16 +9,16 @@ from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
-import models
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from models import drawn, numbers
 from torch import Tensor, nn
 
 import peftkit
 from peftkit import LoRAConfig
+from peftkit.testing import models
+from peftkit.testing.models import drawn, numbers
 
 S = 1.5  # alpha / r of every adapter below
 

@@ -8,13 +8,13 @@ import lightning
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from models import evaluated, ids, llama
 from torch import nn
 from trainers import CONFIG, Sentences, adapted, equal, states
 
 import peftkit
 from peftkit import LISA, LoRAConfig, StorageError
 from peftkit.integrations.lightning import AdapterCheckpoints, ScheduleCallback, without_base
+from peftkit.testing.models import evaluated, ids, llama
 
 
 class Task(lightning.LightningModule):

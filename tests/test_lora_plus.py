@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import models
 import pytest
 from small_helpers import ALL
 from torch import nn
@@ -12,6 +11,7 @@ from torch import nn
 import peftkit
 from peftkit import LoRAConfig
 from peftkit.method import Config
+from peftkit.testing import models
 
 
 def rates(model: nn.Module, **kwargs: Any) -> dict[str, float]:

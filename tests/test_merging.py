@@ -6,11 +6,11 @@ import copy
 
 import pytest
 import torch
-from models import Tied, drawn, evaluated, ids, llama
 from torch import nn
 
 import peftkit
 from peftkit import LoRAConfig, NotMergeable
+from peftkit.testing.models import Tied, drawn, evaluated, ids, llama
 
 
 def adapted(**kwargs):

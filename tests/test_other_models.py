@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import drawn
 from torch import nn
 
 import peftkit
 from peftkit import LoRAConfig, PrefixTuningConfig, PromptTuningConfig, SeriesAdapterConfig, TargetError
+from peftkit.testing.models import drawn
 
 transformers = pytest.importorskip("transformers")
 

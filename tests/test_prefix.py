@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-import models
 import pytest
 import torch
 from storage_models import t5
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 import peftkit
 from peftkit import LoRAConfig, PrefixTuningConfig
 from peftkit.methods.prefix import start_from_tokens
+from peftkit.testing import models
 
 transformers = pytest.importorskip("transformers")
 

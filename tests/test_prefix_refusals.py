@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 
-import models
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +12,7 @@ from torch import nn
 
 import peftkit
 from peftkit import PrefixTuningConfig, TargetError
+from peftkit.testing import models
 
 transformers = pytest.importorskip("transformers")
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402

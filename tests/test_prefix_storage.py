@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import models
 import pytest
 import torch
 from storage_helpers import rewrite
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 import peftkit
 from peftkit import PrefixTuningConfig, StorageError
+from peftkit.testing import models
 
 peft = pytest.importorskip("peft")
 load_file = pytest.importorskip("safetensors.torch").load_file

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from models import bert, gpt2, llama
 from storage_helpers import moved
 from storage_models import IDS, t5
 from torch import Tensor, nn
 
 import peftkit
 from peftkit import LoRAConfig, PromptTuningConfig, TargetError
+from peftkit.testing.models import bert, gpt2, llama
 
 transformers = pytest.importorskip("transformers")
 

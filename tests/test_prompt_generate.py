@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from models import gpt2, llama
 from storage_helpers import moved
 from torch import Tensor, nn
 
 import peftkit
 from peftkit import PromptTuningConfig
+from peftkit.testing.models import gpt2, llama
 
 transformers = pytest.importorskip("transformers")
 

@@ -7,11 +7,11 @@ import pickle
 
 import pytest
 import torch
-from models import llama
 from test_prompt import IDS, MASK, RIGHT_PADDED, N, by_hand, prompted, rows
 
 import peftkit
 from peftkit import PromptTuningConfig
+from peftkit.testing.models import llama
 
 transformers = pytest.importorskip("transformers")
 

@@ -9,15 +9,15 @@ from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
-import models
 import pytest
 import torch
 from adapting import CONFIG, added, draw, pairs
-from models import drawn, evaluated, numbers
 from torch import Tensor, nn
 
 import peftkit
 from peftkit import LoRAConfig
+from peftkit.testing import models
+from peftkit.testing.models import drawn, evaluated, numbers
 
 # -- a forward that was replaced ------------------------------------------------------------------------------------------
 

@@ -4,12 +4,12 @@ import io
 
 import pytest
 import torch
-from models import llama
 from rich.console import Console
 from torch import nn
 
 import peftkit
 from peftkit import LoRAConfig
+from peftkit.testing.models import llama
 
 
 def test_counts_are_of_the_model():

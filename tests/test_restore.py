@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 
+import foreign_methods  # noqa: F401 - registers its methods
 import pytest
 import torch
 from adapting import draw
-from models import bert, drawn, evaluated, ids, llama
 from test_all_or_nothing import picture, same
-from test_laws import examples
 from torch import nn
 
 import peftkit
 from peftkit import LoRAConfig, PrefixTuningConfig, StorageError
+from peftkit.method import registered
+from peftkit.testing import examples
+from peftkit.testing.models import bert, drawn, evaluated, ids, llama
 
 
 def adapters_of(model):
     return {k: t.clone() for k, t in model.state_dict().items() if ".peftkit." in k}
 
 
-@pytest.mark.parametrize("config", [pytest.param(c, id=n) for n, c in examples()])
+@pytest.mark.parametrize("config", [pytest.param(c, id=n) for n, c in examples(*registered().values())])
 def test_every_method_is_restored_bit_for_bit(config, tmp_path):
     model = llama()
     peftkit.inject(model, config, name="mine")

@@ -8,17 +8,18 @@ import peft
 import pytest
 import torch
 from adapting import draw
-from models import evaluated, ids, llama
-from test_laws import examples
 from trainers import adapted, equal, states
 from transformers import AutoModelForCausalLM
 
 import peftkit
 from peftkit import LoRAConfig, NotMergeable
 from peftkit.integrations.transformers import save_pretrained
+from peftkit.method import registered
+from peftkit.testing import examples
+from peftkit.testing.models import evaluated, ids, llama
 
 ATTACHED = {"lora", "ia3", "loha", "lokr"}
-METHODS = [(n, c) for n, c in examples() if not n.startswith("sketch")]
+METHODS = [(n, c) for n, c in examples(*registered().values()) if not n.startswith("sketch")]
 each = pytest.mark.parametrize("config", [pytest.param(c, id=n) for n, c in METHODS])
 
 

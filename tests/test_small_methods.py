@@ -8,15 +8,15 @@ from collections.abc import Callable
 from itertools import permutations
 from typing import Any
 
-import models
 import pytest
 import torch
-from models import drawn, evaluated, numbers, output
 from torch import Tensor, nn
 
 import peftkit
 from peftkit import BitFitConfig, IA3Config, LoHaConfig, LoKrConfig, LoRAConfig, VeRAConfig
 from peftkit.method import Config
+from peftkit.testing import models
+from peftkit.testing.models import drawn, evaluated, numbers, output
 
 # -- the formulas, entry by entry -----------------------------------------------------------------------------------------
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import copy
 
-import models
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import evaluated, output
 from small_helpers import ALL, grafted
 from storage_helpers import llama
 from storage_models import bert, gpt2, t5
@@ -21,6 +19,8 @@ from peftkit import IA3Config, LoHaConfig, LoKrConfig, TargetError
 from peftkit.methods.loha import hadamard
 from peftkit.methods.lokr import through_factors
 from peftkit.sites import walk
+from peftkit.testing import models
+from peftkit.testing.models import evaluated, output
 
 # -- all ---------------------------------------------------------------------------------------------------------------
 every = pytest.mark.parametrize("config", ALL, ids=lambda c: c.method)

@@ -7,7 +7,6 @@ import itertools
 
 import pytest
 import torch
-from models import bert, evaluated, ids, llama
 
 import peftkit
 from peftkit import (
@@ -21,6 +20,7 @@ from peftkit import (
     PromptTuningConfig,
     SeriesAdapterConfig,
 )
+from peftkit.testing.models import bert, evaluated, ids, llama
 
 STACK: dict[str, Config] = {
     "lora": LoRAConfig(r=2, targets="attention"),

@@ -8,13 +8,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import Tied, Twice, bert, drawn, encoder, gpt2, linear, llama
 from torch import nn
 
 import peftkit
 from peftkit import LoRAConfig, TargetError
 from peftkit.sites import walk
 from peftkit.targets import Patterns, PerSite
+from peftkit.testing.models import Tied, Twice, bert, drawn, encoder, gpt2, linear, llama
 
 
 def sites(model: nn.Module, **kwargs) -> list[str]:

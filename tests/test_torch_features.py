@@ -8,16 +8,16 @@ import io
 from collections.abc import Callable
 from typing import Any
 
-import models
 import pytest
 import torch
 from adapting import CASES, adapted, close, draw, each, gradients, zero
-from models import drawn, evaluated, numbers, output
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import peftkit
 from peftkit import LoRAConfig
+from peftkit.testing import models
+from peftkit.testing.models import drawn, evaluated, numbers, output
 
 # -- copies -------------------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import evaluated, ids, llama
 from safetensors.torch import load_file
 from trainers import CONFIG, Sentences, adapted, equal, states
 from transformers import Trainer, TrainingArguments
@@ -16,6 +15,7 @@ from transformers import Trainer, TrainingArguments
 import peftkit
 from peftkit import LISA, HalfFineTuning, LoRAConfig, StorageError
 from peftkit.integrations.transformers import AdapterTrainer, ScheduleCallback
+from peftkit.testing.models import evaluated, ids, llama
 
 
 def arguments(folder, **kwargs):

@@ -9,7 +9,6 @@ import math
 import pytest
 import torch
 from datasets import Dataset
-from models import evaluated, ids, llama
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from trainers import adapted, equal, states
@@ -19,6 +18,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig
 import peftkit
 from peftkit import LoRAConfig
 from peftkit.integrations.trl import AdapterDPOTrainer, AdapterSFTTrainer, Reference
+from peftkit.testing.models import evaluated, ids, llama
 
 WORDS = [f"w{i}" for i in range(28)]
 SETTINGS = dict(

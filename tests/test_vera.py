@@ -6,16 +6,16 @@ import copy
 import io
 import pickle
 
-import models
 import pytest
 import torch
-from models import evaluated, numbers, output
 from small_helpers import grafted
 from storage_helpers import tensors_of
 from torch import nn
 
 import peftkit
 from peftkit import TargetError, VeRAConfig
+from peftkit.testing import models
+from peftkit.testing.models import evaluated, numbers, output
 
 
 def shared(model: nn.Module, name: str = "default") -> tuple[nn.Parameter, nn.Parameter]:

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models import llama
 from torch import Tensor, nn
 
 import peftkit
 from peftkit import LoRAConfig
+from peftkit.testing.models import llama
 
 CONFIG = LoRAConfig(r=2, alpha=4, dropout=0.2)
 

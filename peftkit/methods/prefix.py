@@ -183,7 +183,8 @@ class PrefixTuningConfig(Config, method="prefix", peft_type=PEFT_TYPE):
         return task_of(model, whole)
 
     def to_peft(self, adapters: Mapping[str, Adapter]) -> dict[str, Any]:
-        return settings(self, adapters) or {"peft_type": OWN_TYPE, "num_virtual_tokens": self.length}
+        own = {"peft_type": OWN_TYPE, "num_virtual_tokens": self.length, "shift_positions": self.shift_positions}
+        return settings(self, adapters) or own
 
     @classmethod
     def from_peft(cls, stored: Mapping[str, Any], shapes: Mapping[str, Mapping[str, torch.Size]]) -> PrefixTuningConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,13 @@ from torch import Tensor, nn
 class Case:
     """A model, what to feed it, and what in it to adapt.
 
-    `read` says that weights are read without calling their module, so nothing can be dropped from an input there.
+    Attributes:
+        name: as it stands in the names of tests.
+        make: the model, the same at every call, in eval mode.
+        x: an input for it.
+        targets: what in it to adapt.
+        read: its weights are read without calling their module, so nothing can be dropped from an input there.
+        needs: the package that the model comes from, if it is not torch.
     """
 
     name: str
@@ -22,6 +29,11 @@ class Case:
     x: Callable[[], Tensor]
     targets: Any = "all-linear"
     read: bool = False
+    needs: str | None = None
+
+    def there(self) -> bool:
+        """Whether the package it needs is installed."""
+        return self.needs is None or importlib.util.find_spec(self.needs) is not None
 
     def __str__(self) -> str:
         return self.name
@@ -92,13 +104,15 @@ class Attend(nn.Module):
 
 
 def linear() -> nn.Module:
+    """Two Linears."""
     return drawn(nn.Sequential(nn.Linear(6, 10), nn.GELU(), nn.Linear(10, 4)))
 
 
 def llama(layers: int = 2, **kwargs: Any) -> nn.Module:
+    """A decoder; `kwargs` go to its `LlamaConfig`."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = {
+    sizes: dict[str, Any] = {
         "hidden_size": 16,
         "intermediate_size": 24,
         "num_attention_heads": 4,
@@ -115,6 +129,7 @@ def llama(layers: int = 2, **kwargs: Any) -> nn.Module:
 
 
 def bert() -> nn.Module:
+    """An encoder whose sub-layers end in a norm."""
     from transformers import BertConfig, BertModel
 
     return drawn(
@@ -133,12 +148,14 @@ def bert() -> nn.Module:
 
 
 def gpt2() -> nn.Module:
+    """A decoder whose weights are `(in, out)`."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     return drawn(GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=31, n_positions=32)))
 
 
 def convolutions() -> nn.Module:
+    """With groups, strides, dilation and both kinds of padding."""
     return drawn(
         nn.Sequential(
             nn.Conv2d(2, 6, 3, padding=1),
@@ -151,31 +168,36 @@ def convolutions() -> nn.Module:
 
 
 def convolution_1d() -> nn.Module:
+    """Two `nn.Conv1d`."""
     return drawn(nn.Sequential(nn.Conv1d(3, 4, 3, padding="same"), nn.ReLU(), nn.Conv1d(4, 2, 2)))
 
 
 def convolution_3d() -> nn.Module:
+    """Two `nn.Conv3d`."""
     return drawn(nn.Sequential(nn.Conv3d(2, 4, 3, padding=1), nn.ReLU(), nn.Conv3d(4, 2, 2)))
 
 
 def encoder() -> nn.Module:
+    """torch's own, which reads the weights of its modules."""
     layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)
     return drawn(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False))
 
 
 def ids(high: int = 31) -> Tensor:
+    """Tokens below `high`, the same at every call: `(2, 5)`."""
     return torch.randint(1, high, (2, 5), generator=torch.Generator().manual_seed(1))
 
 
 def numbers(*shape: int) -> Callable[[], Tensor]:
+    """What gives normal numbers of this shape, the same at every call."""
     return lambda: torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
 
 CASES = (
     Case("linear", linear, numbers(3, 6)),
-    Case("llama", llama, ids),
-    Case("bert", bert, ids),
-    Case("gpt2", gpt2, ids),
+    Case("llama", llama, ids, needs="transformers"),
+    Case("bert", bert, ids, needs="transformers"),
+    Case("gpt2", gpt2, ids, needs="transformers"),
     Case("shared", lambda: drawn(Twice()), numbers(3, 5)),
     Case("embedding", lambda: drawn(Tied()), lambda: ids(11), targets=["embed", "mid"]),
     Case("conv1d", convolution_1d, numbers(2, 3, 9), targets=["0", "2"]),
