@@ -47,6 +47,7 @@ FLOORS = {
     "peftkit.loading": 3,
     "peftkit.checkpoints": 4,
     "peftkit.storage": 3,
+    "peftkit.hub": 3,
     "peftkit.merging": 3,
     "peftkit.report": 3,
     "peftkit.cost": 3,
