@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from peftkit import also_train, ledger, loading, merging, storage
+from peftkit import also_train, hub, ledger, loading, merging, storage
 from peftkit.building import build
 from peftkit.hosts import EmbeddingHost
 from peftkit.ledger import Ledger
@@ -245,15 +245,34 @@ def param_groups(
     return [{"params": ps, "lr": rate, "weight_decay": weight_decay} for ps, rate in groups if ps]
 
 
-def save(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default") -> None:
+def save(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    name: str = "default",
+    push_to_hub: str | None = None,
+    private: bool | None = None,
+) -> str | None:
     """Write the adapter as a directory that peft and vLLM read. What is there stays whole until the new one is.
 
+    Args:
+        push_to_hub: `"user/name"` of a repository on the Hub that the directory's adapter is uploaded to once it is written;
+            needs `peftkit[hub]`. A network that fails then changes nothing here.
+        private: whether that repository is private; where it is made, None is as your account has it.
+
+    Returns:
+        The URL of the commit on the Hub; None where nothing is pushed.
+
     Raises:
-        KeyError: no such adapter. ValueError: a module that carried it has been replaced, values are not finite.
+        KeyError: no such adapter. ValueError: a module that carried it has been replaced, values are not finite,
+            `private` of nothing. StorageError: it was saved, but not uploaded; see `peftkit.hub.upload`.
     """
+    if private is not None and push_to_hub is None:
+        raise ValueError(f"{private=} is said of a repository on the Hub; give push_to_hub='user/name' as well")
     root, record = ledger.require(model)
     (attachment,) = record.named([name])
     storage.save(root, attachment, path)
+    return None if push_to_hub is None else hub.upload(path, push_to_hub, private=private)
 
 
 def load(
@@ -261,31 +280,42 @@ def load(
     path: str | os.PathLike[str],
     *,
     name: str = "default",
+    revision: str | None = None,
     trainable: bool = False,
     check_base: bool = True,
 ) -> Report:
     """Attach a stored adapter, peftkit's own or peft's, and make it the active one.
 
     Args:
+        path: its directory; or, where there is none of that name, `"user/name"` on the Hub, see `peftkit.hub.read`.
+        revision: the branch, tag or commit on the Hub.
         trainable: to train on; else its parameters are frozen like the base's.
         check_base: whether the base must be the one that the adapter was saved from, by a sample of its weights.
 
     Raises:
-        StorageError: a tensor that is missing, unexpected, misshapen, not finite or damaged, a wrong base; the model
-            is as it was.
+        StorageError: a tensor that is missing, unexpected, misshapen, not finite or damaged, a wrong base; nothing of
+            that name here or on the Hub; the model is as it was.
     """
-    stored = storage.read(path, name=name)
+    ledger.for_attaching(model, name)  # what is refused anyway, before anything is fetched
+    stored = hub.read(path, name=name, revision=revision)
     record, everything = loading.attach(model, stored, name=name, trainable=trainable, check_base=check_base)
     return report(model, record, [name], everything)
 
 
-def restore(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default", check_base: bool = True) -> None:
+def restore(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    name: str = "default",
+    revision: str | None = None,
+    check_base: bool = True,
+) -> None:
     """Read a stored adapter into the attached one of that name, in place: an optimizer keeps its parameters.
 
     It must be the same adapter: of the same method, settings and modules. To read another one, `eject` and `load`.
 
     Args:
-        check_base: as in `load`.
+        path, revision, check_base: as in `load`.
 
     Raises:
         KeyError: no such adapter is attached. ValueError: it is merged.
@@ -295,6 +325,6 @@ def restore(model: nn.Module, path: str | os.PathLike[str], *, name: str = "defa
     (attachment,) = record.named([name])
     if name in record.merged:
         raise ValueError(f"{name!r} is merged, and the weights hold its values; unmerge(model) before restoring")
-    stored = storage.read(path, name=name)
+    stored = hub.read(path, name=name, revision=revision)
     fresh = loading.made(stored, name, walk(root), trainable=False, check_base=check_base)
     storage.take_over(stored, fresh, attachment)

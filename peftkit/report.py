@@ -14,7 +14,7 @@ from peftkit.graft import original_class
 from peftkit.kernels import choice
 from peftkit.ledger import Ledger
 from peftkit.method import own_parameters
-from peftkit.sites import Site, walk
+from peftkit.sites import Site, base_parameters, starred, walk
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -105,9 +105,8 @@ class Report:
         """Sites that differ in their block's number alone share a line."""
         groups: dict[tuple[str, ...], list[Row]] = {}
         for r in self.rows:
-            parts = r.site.split(".")
-            name = ".".join("*" if p.isdigit() else p for p in parts)
-            groups.setdefault((r.adapter, name, r.host, r.method, r.detail, r.state, str(r.parameters)), []).append(r)
+            kind = (r.adapter, starred(r.site), r.host, r.method, r.detail, r.state, str(r.parameters))
+            groups.setdefault(kind, []).append(r)
         lines = []
         for key, rows in groups.items():
             name = rows[0].site if len(rows) == 1 else f"{key[1]} ×{len(rows)}"
@@ -157,18 +156,12 @@ def report(
                 )
             )
     # what does not act is not trained; asking it all the same would cost more with every adapter attached
-    base = {
-        id(p): p
-        for s in everything or walk(model)
-        if s.part is None
-        for p in s.module._parameters.values()
-        if p is not None
-    }
+    base = base_parameters(everything or walk(model))
     return Report(
         rows=tuple(rows),
-        trained=sum(p.numel() for p in (*base.values(), *acting) if p.requires_grad and not nn.parameter.is_lazy(p)),
-        total=sum(p.numel() for p in base.values() if not nn.parameter.is_lazy(p)),
-        path=choice.line(next((p.device for p in base.values() if not nn.parameter.is_lazy(p)), torch.device("cpu"))),
+        trained=sum(p.numel() for p in (*base, *acting) if p.requires_grad and not nn.parameter.is_lazy(p)),
+        total=sum(p.numel() for p in base if not nn.parameter.is_lazy(p)),
+        path=choice.line(next((p.device for p in base if not nn.parameter.is_lazy(p)), torch.device("cpu"))),
         saving=_SAVING if rows and hasattr(model, "save_pretrained") else "",
     )
 

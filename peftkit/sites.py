@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import nn
@@ -93,3 +94,14 @@ def layer_index(name: str) -> int | None:
         if component.isdigit():
             return int(component)
     return None
+
+
+def starred(name: str) -> str:
+    """`name` with a star for every number in it, so that blocks of one kind have one name."""
+    return ".".join("*" if component.isdigit() else component for component in name.split("."))
+
+
+def base_parameters(everything: Iterable[Site]) -> list[nn.Parameter]:
+    """The parameters of all that `walk` found, each once; those of adapters are not among them."""
+    found = {id(p): p for s in everything if s.part is None for p in s.module._parameters.values() if p is not None}
+    return list(found.values())

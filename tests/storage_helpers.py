@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import peftkit
 from peftkit import LoRAConfig, StorageError
 
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, TENSORS, README = "adapter_config.json", "adapter_model.safetensors", "README.md"
 
 
 def llama(seed: int = 0, layers: int = 2, hidden: int = 16, **kwargs: Any) -> nn.Module:
@@ -133,7 +133,7 @@ def peft_model(base: nn.Module, folder: Path, **kwargs: Any) -> nn.Module:
         return PeftModel.from_pretrained(base, folder, **kwargs).eval()
 
 
-def refused(folder: Path, *words: str, model: nn.Module | None = None, **kwargs: Any) -> str:
+def refused(folder: str | Path, *words: str, model: nn.Module | None = None, **kwargs: Any) -> str:
     """Loading raises, says `words`, and leaves the model as it was: bare, and with another adapter on it."""
     message = ""
     for attached in (False, True):

@@ -49,6 +49,7 @@ FLOORS = {
     "peftkit.checkpoints": 4,
     "peftkit.formats": 4,
     "peftkit.storage": 3,
+    "peftkit.hub": 3,
     "peftkit.merging": 3,
     "peftkit.report": 3,
     "peftkit.cost": 3,

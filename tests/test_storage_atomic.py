@@ -299,5 +299,10 @@ def test_nothing_is_pickled_and_no_network_is_asked(tmp_path, monkeypatch):
     peftkit.save(model, tmp_path / "a")
     assert loads_as(tmp_path / "a", model) == 0
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["README.md", CONFIG, TENSORS]
-    with pytest.raises(StorageError):
-        peftkit.load(small(), "bert-base-uncased")  # a name on the Hub is a directory here, or an error
+    with pytest.raises(StorageError, match="'bert-base-uncased' is no directory here"):
+        peftkit.load(small(), "bert-base-uncased")
+    with pytest.raises(StorageError, match=r"'user/adapter' is no directory here; .*HF_HUB_OFFLINE is set"):
+        peftkit.load(small(), "user/adapter")  # a name on the Hub, which nobody is asked about: tests run offline
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(StorageError, match=r"'user/adapter' is no directory here; .*pip install 'peftkit\[hub\]'"):
+        peftkit.load(small(), "user/adapter")

@@ -145,7 +145,7 @@ def _restore_all(model: nn.Module, folder: str) -> None:
     before = {key: t.clone() for key, t in model.state_dict().items() if of_adapter(key)}
     try:
         for name in sorted(attached):
-            api.restore(model, _place(folder, name), name=name)
+            api.restore(model, Path(_place(folder, name)), name=name)
     except BaseException:
         now = model.state_dict()
         for key, t in before.items():

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from peftkit.also_train import TokenRows, WholeModule
 from peftkit.ledger import Attachment
 from peftkit.sites import Site, walk
-from peftkit.storage import layout, tensorfile
+from peftkit.storage import card, layout, tensorfile
 from peftkit.storage.config import meaning, to_json
 from peftkit.storage.directory import replacing
 from peftkit.storage.errors import StorageError
@@ -67,8 +67,18 @@ def save(
     with replacing(Path(path)) as fresh:
         tensorfile.write(fresh / layout.TENSORS, tensors, metadata)
         (fresh / layout.CONFIG).write_text(json.dumps(peft, indent=2, sort_keys=True) + "\n", "utf-8")
-        if not (Path(path) / layout.README).exists():
-            (fresh / layout.README).write_text(_readme(peft, tensors, reads), "utf-8")
+        if _is_ours(Path(path) / layout.README):
+            base, sampled = peft["base_model_name_or_path"], len(own["base"]["names"])
+            whole = model if origin is None else None
+            said = card.text(whole, attachment, adapted, tensors, base=base, sampled=sampled, peft_reads=reads)
+            (fresh / layout.README).write_text(said, "utf-8")
+
+
+def _is_ours(readme: Path) -> bool:
+    """Whether there is none, or one that nobody has edited."""
+    if not os.path.lexists(readme):
+        return True
+    return readme.is_file() and not readme.is_symlink() and card.unedited(readme.read_text("utf-8", errors="replace"))
 
 
 def _adapted(attachment: Attachment) -> dict[str, Site]:
@@ -147,19 +157,3 @@ def _config(
     if rows:
         config["trainable_token_indices"] = rows
     return config
-
-
-def _readme(config: dict[str, Any], tensors: dict[str, Tensor], peft_reads: bool) -> str:
-    base = config["base_model_name_or_path"]
-    count = sum(t.numel() for t in tensors.values())
-    library = "peft" if peft_reads else "peftkit"
-    head = f"---\nlibrary_name: {library}\ntags:\n- peftkit\n" + (f"base_model: {base}\n" if base else "") + "---\n\n"
-    peft = (
-        '\npeft reads it as well: `PeftModel.from_pretrained(model, "path/to/this/directory")`.\n' if peft_reads else ""
-    )
-    return (
-        f"{head}# Adapter\n\n{config['peft_type']}, {count:,} parameters"
-        f"{f' on {base}' if base else ''}. Load it into the base model:\n\n"
-        '```python\nimport peftkit\npeftkit.load(model, "path/to/this/directory")\n```\n'
-        f"{peft}"
-    )
