@@ -77,7 +77,8 @@ def test_a_concatenation_is_the_sum_whatever_its_parts(parts, tmp_path_factory):
         # of the products of magnitudes, before anything cancels
         bound = torch.zeros_like(total)
         for (config, w), (path, _) in zip(parts, named, strict=True):
-            stored = {k.rpartition(".lora_")[2]: t.double() for k, t in tensors_of(path).items() if name[0] in k[17:18]}
+            prefix = f"base_model.model.{name.partition('.')[0]}.lora_"
+            stored = {k.removeprefix(prefix): t.double() for k, t in tensors_of(path).items() if k.startswith(prefix)}
             if stored:
                 scale = (config.alpha or config.r) / (config.r**0.5 if config.rank_stabilized else config.r)
                 bound += abs(w * scale) * (stored["B.weight"].abs() @ stored["A.weight"].abs())
@@ -107,6 +108,21 @@ def test_where_nothing_is_rounded(configs, weights, dtype, tmp_path):
     assert far(found, expected) < 1e-14  # of fp64
 
 
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (0.3, 0.9)])
+def test_one_scale_for_all_sites(weights, tmp_path):
+    """A reader that knows no patterns of ranks and alphas scales rightly all the same."""
+    model = small()
+    a = saved(model, tmp_path / "a", LoRAConfig(r=2, alpha=6, targets="all-linear"))
+    b = saved(model, tmp_path / "b", LoRAConfig(r=4, alpha=4, targets="2"))
+    peftkit.combine([(a, weights[0]), (b, weights[1])], tmp_path / "out")
+    config, tensors = config_of(tmp_path / "out"), tensors_of(tmp_path / "out")
+    assert config["rank_pattern"] and config["alpha_pattern"]
+    expected = summed([(changes(model, a), weights[0]), (changes(model, b), weights[1])])
+    for name, d in expected.items():
+        x, y = (tensors[f"base_model.model.{name.removesuffix('weight')}lora_{k}.weight"].double() for k in "AB")
+        assert torch.allclose(config["lora_alpha"] / config["r"] * (y @ x), d, rtol=1e-6, atol=1e-6)
+
+
 def test_a_dtype_that_would_round_is_not_kept(tmp_path):
     model = small()
     path = saved(model, tmp_path / "a", LoRAConfig(r=2, alpha=6, dtype=torch.bfloat16, targets="0"))
@@ -132,7 +148,7 @@ def test_fused_rows_and_pairs_taken_from_the_base(tmp_path):
 
 
 def test_groups_that_peft_has_crossed(tmp_path):
-    """peft's A of a grouped convolution reads all groups; such pairs are added as what they compute."""
+    """peft's A of a grouped convolution reads all groups; such pairs, and ours, are added as what they compute."""
     from peft import LoraConfig, get_peft_model
 
     model, x = conv(), []
@@ -141,9 +157,12 @@ def test_groups_that_peft_has_crossed(tmp_path):
         moved(made, [p for n, p in made.named_parameters() if "lora_" in n], i)
         made.save_pretrained(tmp_path / str(i))
         x.append(call(made.eval()) - call(model))
-    expected = call(model) + 0.5 * x[0] - 1.5 * x[1]
+    own = saved(model, tmp_path / "own", LoRAConfig(r=2, alpha=3, targets="2"))
+    loaded = copy.deepcopy(model)
+    peftkit.load(loaded, own)
+    expected = call(model) + 0.5 * x[0] - 1.5 * x[1] + 2 * (call(loaded) - call(model))
     for kwargs in ({}, {"how": "svd", "r": "full"}):
-        peftkit.combine([(tmp_path / "0", 0.5), (tmp_path / "1", -1.5)], tmp_path / "out", **kwargs)
+        peftkit.combine([(tmp_path / "0", 0.5), (own, 2.0), (tmp_path / "1", -1.5)], tmp_path / "out", **kwargs)
         loaded = copy.deepcopy(model)
         peftkit.load(loaded, tmp_path / "out")
         assert close(call(loaded), expected, 8)

@@ -64,9 +64,10 @@ def extract(
         also_train: patterns of modules that are stored whole, as they are in `tuned`; the one way to take over
             norms, biases and new heads.
         ignore: patterns of modules that one checkpoint may have alone, and that are not looked at.
-        iterations: None decomposes each difference whole, by gesdd, which takes minutes for the matrices of a large
-            model. A number takes torch.svd_lowrank, the randomised method of Halko et al. (arXiv 0909.4061), with that
-            many power iterations: many times faster, and not the nearest pair but near it; what it loses is measured.
+        iterations: None decomposes each difference whole, by gesdd, whose time grows with the cube of its size. A number
+            takes torch.svd_lowrank, the randomised method of Halko et al. (arXiv 0909.4061), with that many power
+            iterations: for r far below the size much faster, and not the nearest pair but near it; what it loses is
+            measured.
         dtype: of A and B; None is the one computed in.
 
     Returns:

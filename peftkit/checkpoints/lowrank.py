@@ -47,7 +47,7 @@ def of_matrix(d: Tensor, r: int | None, *, iterations: int | None = None, seed: 
 
     Args:
         iterations: None decomposes `d` whole, by LAPACK's gesdd. A number takes the randomised range finder of Halko et
-            al. (arXiv 0909.4061, algorithm 4.4) with that many power iterations: for r far below m and n many times
+            al. (arXiv 0909.4061, algorithm 4.4) with that many power iterations: for r far below m and n much
             faster, and not the nearest but near it; what is lost is measured and not estimated.
         seed: of what the range finder draws.
     """
