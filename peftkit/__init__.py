@@ -22,7 +22,9 @@ from peftkit.checkpoints.approximation import Approximation
 from peftkit.checkpoints.arithmetic import combine
 from peftkit.checkpoints.differences import Difference, difference
 from peftkit.checkpoints.extraction import extract
-from peftkit.checkpoints.merge import merge_checkpoint
+from peftkit.checkpoints.inspection import Inspection, inspect
+from peftkit.checkpoints.merge import Merged, merge_checkpoint
+from peftkit.checkpoints.verification import Verified, verify
 from peftkit.distillation import TeacherLogits, context_distillation, teacher_logits
 from peftkit.formats.convert import convert
 from peftkit.method import Adapter, Config, NotMergeable
@@ -59,10 +61,12 @@ __all__ = [
     "GradualUnfreezing",
     "HalfFineTuning",
     "IA3Config",
+    "Inspection",
     "LoHaConfig",
     "LoKrConfig",
     "LoRAConfig",
     "MeanWeightNorms",
+    "Merged",
     "NotMergeable",
     "ParallelAdapterConfig",
     "PrefixTuningConfig",
@@ -73,6 +77,7 @@ __all__ = [
     "TargetError",
     "TeacherLogits",
     "VeRAConfig",
+    "Verified",
     "activate",
     "active",
     "adapters",
@@ -85,6 +90,7 @@ __all__ = [
     "eject",
     "extract",
     "inject",
+    "inspect",
     "layerwise_lr",
     "load",
     "merge",
@@ -97,4 +103,5 @@ __all__ = [
     "teacher_logits",
     "unmerge",
     "using",
+    "verify",
 ]

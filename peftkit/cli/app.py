@@ -14,8 +14,6 @@ import typer
 from rich.console import Console
 
 import peftkit
-from peftkit.checkpoints.inspection import inspect as inspect_adapter
-from peftkit.checkpoints.verification import verify as verify_adapter
 from peftkit.cli.surroundings import surroundings
 from peftkit.cli.values import adapter_and_weight, dtype_named, rank_or_full
 
@@ -78,7 +76,7 @@ def inspect(adapter: Adapter, as_json: AsJson = False) -> None:
 
     Example: peftkit inspect adapter
     """
-    _show(inspect_adapter(adapter), as_json=as_json)
+    _show(peftkit.inspect(adapter), as_json=as_json)
 
 
 @app.command()
@@ -94,7 +92,7 @@ def verify(
     Example: peftkit verify adapter --base base
     """
     try:
-        found = verify_adapter(adapter, base)
+        found = peftkit.verify(adapter, base)
     except peftkit.StorageError as error:
         if as_json:
             print(json.dumps({"fits": False, "error": str(error)}, indent=2))
