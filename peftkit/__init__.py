@@ -23,6 +23,8 @@ from peftkit.checkpoints.arithmetic import combine
 from peftkit.checkpoints.differences import Difference, difference
 from peftkit.checkpoints.extraction import extract
 from peftkit.checkpoints.merge import merge_checkpoint
+from peftkit.costs.figures import Comparison, Cost
+from peftkit.costs.verbs import compare, cost
 from peftkit.distillation import TeacherLogits, context_distillation, teacher_logits
 from peftkit.formats.convert import convert
 from peftkit.method import Adapter, Config, NotMergeable
@@ -53,8 +55,10 @@ __all__ = [
     "Adapter",
     "Approximation",
     "BitFitConfig",
+    "Comparison",
     "Config",
     "Difference",
+    "Cost",
     "DoRAConfig",
     "GradualUnfreezing",
     "HalfFineTuning",
@@ -77,8 +81,10 @@ __all__ = [
     "active",
     "adapters",
     "combine",
+    "compare",
     "context_distillation",
     "convert",
+    "cost",
     "describe",
     "difference",
     "disabled",

@@ -49,6 +49,27 @@ def save(
         StorageError: an adapted module is not in the model any more, a value is not finite or on the meta device, the
             directory cannot be written. What was there is as it was.
     """
+    tensors, metadata, peft = _content(model, attachment)
+    reads = attachment.config.peft_reads and peft["peft_type"] == attachment.config.peft_type
+    with replacing(Path(path)) as fresh:
+        tensorfile.write(fresh / layout.TENSORS, tensors, metadata)
+        (fresh / layout.CONFIG).write_text(json.dumps(peft, indent=2, sort_keys=True) + "\n", "utf-8")
+        if not (Path(path) / layout.README).exists():
+            (fresh / layout.README).write_text(_readme(peft, tensors, reads), "utf-8")
+
+
+def stored_bytes(model: nn.Module, attachment: Attachment) -> int:
+    """The bytes of the tensor file that `save` would write, header and all; nothing is written.
+
+    Raises:
+        StorageError: as `save`, but for values that are not finite.
+    """
+    tensors, metadata, _ = _content(model, attachment)
+    return tensorfile.size(tensors, metadata)
+
+
+def _content(model: nn.Module, attachment: Attachment) -> tuple[dict[str, Tensor], dict[str, str], dict[str, Any]]:
+    """The tensors, the metadata of their file, and `adapter_config.json`."""
     everything = walk(model)
     _check_in_place(attachment, everything)
     adapted = _adapted(attachment)
@@ -62,13 +83,7 @@ def save(
     }
     if attachment.config.whole_keys:
         own["sites"] = list(adapted)
-    reads = attachment.config.peft_reads and peft["peft_type"] == attachment.config.peft_type
-    metadata = {"format": "pt", "peftkit": json.dumps(own, sort_keys=True, separators=(",", ":"))}
-    with replacing(Path(path)) as fresh:
-        tensorfile.write(fresh / layout.TENSORS, tensors, metadata)
-        (fresh / layout.CONFIG).write_text(json.dumps(peft, indent=2, sort_keys=True) + "\n", "utf-8")
-        if not (Path(path) / layout.README).exists():
-            (fresh / layout.README).write_text(_readme(peft, tensors, reads), "utf-8")
+    return tensors, {"format": "pt", "peftkit": json.dumps(own, sort_keys=True, separators=(",", ":"))}, peft
 
 
 def _adapted(attachment: Attachment) -> dict[str, Site]:
