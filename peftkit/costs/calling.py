@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,6 +45,34 @@ def loss_of(output: Any) -> Tensor:
             "give loss=, a function of what the model returns"
         )
     return torch.stack([t.to(found[0]) for t in found]).sum() if len(found) > 1 else found[0]
+
+
+def differentiate(loss: Tensor, of: Sequence[Tensor]) -> None:
+    """Compute the gradients of `of`, and forget them: no `.grad` changes, and no hook that steps an optimizer is called.
+
+    Raises:
+        ValueError: a reentrant checkpoint, whose gradients come about in another backward that is not called then.
+    """
+    if not of or not loss.requires_grad:
+        return
+    nodes, seen = [loss.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            if node.name().startswith("CheckpointFunctionBackward"):
+                raise ValueError(
+                    "the model uses reentrant checkpoints, through which no gradient can be had without changing .grad; "
+                    "use_reentrant=False computes the same, in transformers by "
+                    'gradient_checkpointing_enable({"use_reentrant": False})'
+                )
+            nodes += [following for following, _ in node.next_functions]
+    torch.autograd.grad(loss, of, allow_unused=True)
+
+
+def trained_in(batch: Any) -> list[Tensor]:
+    """The tensors of a batch of which backward computes gradients too."""
+    return [t for t in _tensors(batch) if t.requires_grad]
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

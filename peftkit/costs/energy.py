@@ -30,7 +30,7 @@ def energy_of(step: Callable[[], Any], device: torch.device, seconds: float) -> 
     if device.type == "cuda":
         wait, joules = lambda: torch.cuda.synchronize(device), nvml_counter(device)
     elif device.type == "cpu":
-        joules = rapl_counter()
+        joules = rapl_counter(RAPL)
     else:
         raise NotMeasured(f"nothing is known of energy counters of {device.type} devices")
     step()
@@ -52,7 +52,7 @@ def nvml_counter(device: torch.device) -> Reading:
     try:
         import pynvml  # type: ignore[import-not-found]
     except ImportError:
-        raise NotMeasured("NVML is read through pynvml: pip install nvidia-ml-py") from None
+        raise NotMeasured("NVML is read through pynvml: pip install 'peftkit[energy]'") from None
     try:
         pynvml.nvmlInit()
         # CUDA numbers the devices that it may see, NVML all of them
@@ -63,7 +63,7 @@ def nvml_counter(device: torch.device) -> Reading:
     return lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3
 
 
-def rapl_counter(root: Path = RAPL) -> Reading:
+def rapl_counter(root: Path) -> Reading:
     """What all CPU packages and their memory have drawn (`intel-rapl:*/energy_uj`, in microjoules; AMD's too).
 
     A counter that ran over between two readings is taken to have done so once. Zones within a package are part of it,

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from peftkit.costs.calling import differentiate
 from peftkit.kept_norms import KeptNorms
 
 # Products that torch's counter has no formula for, and there is none here either.
@@ -52,24 +53,17 @@ def count_flops(run: Callable[[], Any], loss: Callable[[Any], Tensor], model: nn
 
     Compiled code is run eagerly, since no counter sees into it. A gradient is dropped as soon as it is there.
     """
-    from torch.utils.flop_counter import FlopCounterMode  # slow to import, and with it Triton
-
-    import peftkit.kernels.lora_op  # noqa: F401 - the counter takes over formulas when it is made
-
     _forget_norms(model)
     with ExitStack() as stack:
         if "torch._dynamo" in sys.modules:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         for tensor in of:
             stack.callback(tensor.register_hook(_drop).remove)
-        counter = FlopCounterMode(display=False, custom_mapping=_further())
-        seen = stack.enter_context(_Unknown())
-        stack.enter_context(counter)
+        counter = stack.enter_context(_Counter())
         result = loss(run())
-        forward = counter.get_total_flops()
-        if result.requires_grad:
-            torch.autograd.grad(result, of, allow_unused=True)
-        return Flops(forward, counter.get_total_flops() - forward, tuple(sorted(seen.names)))
+        forward = counter.total
+        differentiate(result, of)
+        return Flops(forward, counter.total - forward, tuple(sorted(counter.unknown)))
 
 
 def _drop(gradient: Tensor) -> Tensor:
@@ -84,33 +78,50 @@ def _forget_norms(model: nn.Module) -> None:
                 value.forget()
 
 
-class _Unknown(TorchDispatchMode):
-    """Notes operators that compute products which nobody counts: other libraries' own, and a few of torch's."""
+class _Counter(TorchDispatchMode):
+    """Adds up what torch's formulas say of every operator.
+
+    torch's own counter also tracks modules, for which it hooks into backward in a way that `torch.autograd.grad` refuses.
+
+    Attributes:
+        total: operations so far.
+        unknown: operators that compute products which nobody counts: other libraries' own, and a few of torch's.
+    """
 
     supports_higher_order_operators = True
 
     def __init__(self) -> None:
         super().__init__()
-        self.names: set[str] = set()
+        self.formulas, self.total = _formulas(), 0
+        self.unknown: set[str] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if isinstance(func, torch._ops.HigherOrderOperator):
-            return func(*args, **(kwargs or {}))
-        space, _, name = func._schema.name.partition("::")
-        if name in _OPAQUE or space not in ("aten", "peftkit", "prim", "prims", "profiler"):
-            self.names.add(f"{space}::{name}")
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        formula = self.formulas.get(getattr(func, "_overloadpacket", func))
+        if formula is None and isinstance(func, torch._ops.OpOverload):
+            with self:  # in inference mode, operators come here that are made of others
+                parts = func.decompose(*args, **kwargs)
+            if parts is not NotImplemented:
+                return parts
+            space, _, name = func._schema.name.partition("::")
+            if name in _OPAQUE or space not in ("aten", "peftkit", "prim", "prims", "profiler"):
+                self.unknown.add(f"{space}::{name}")
+        out = func(*args, **kwargs)
+        if formula is not None:
+            self.total += formula(*args, **kwargs, out_val=out)
+        return out
 
 
-def _further() -> dict[Any, Callable[..., int]]:
-    """Formulas for what torch's counter passes over: products in place, products with vectors, attention on a CPU."""
-    from torch.utils import flop_counter
+def _formulas() -> dict[Any, Callable[..., int]]:
+    """torch's, and those of what it passes over: products in place, products with vectors, attention on a CPU."""
+    from torch.utils import flop_counter  # slow to import, and with it Triton
 
-    aten = torch.ops.aten
+    import peftkit.kernels.lora_op  # noqa: F401 - registers the formulas of our operators
+
+    aten, shaped = torch.ops.aten, flop_counter.shape_wrapper
 
     def matrix_vector(*shapes: Any, out_shape: Any = None, **kwargs: Any) -> int:
-        matrix = next(s for s in shapes if len(s) == 2)
-        return 2 * prod(matrix)
+        return 2 * prod(next(s for s in shapes if len(s) == 2))
 
     def dot(a: Any, b: Any, out_shape: Any = None) -> int:
         return 2 * prod(a)
@@ -118,19 +129,20 @@ def _further() -> dict[Any, Callable[..., int]]:
     def attention(query: Any, key: Any, value: Any, *rest: Any, out_shape: Any = None, **kwargs: Any) -> int:
         return flop_counter.sdpa_flop_count(query, key, value)
 
-    def attention_backward(
-        grad: Any, query: Any, key: Any, value: Any, *rest: Any, out_shape=None, **kwargs: Any
+    def attention_back(
+        grad: Any, query: Any, key: Any, value: Any, *rest: Any, out_shape: Any = None, **kwargs: Any
     ) -> int:
         return flop_counter.sdpa_backward_flop_count(grad, query, key, value)
 
     return {
+        **flop_counter.flop_registry,
         aten.addmm_: flop_counter.addmm_flop,
         aten._addmm_activation: flop_counter.addmm_flop,
         aten.baddbmm_: flop_counter.baddbmm_flop,
-        aten.mv: matrix_vector,
-        aten.addmv: matrix_vector,
-        aten.addmv_: matrix_vector,
-        aten.dot: dot,
-        aten._scaled_dot_product_flash_attention_for_cpu: attention,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
+        aten.mv: shaped(matrix_vector),
+        aten.addmv: shaped(matrix_vector),
+        aten.addmv_: shaped(matrix_vector),
+        aten.dot: shaped(dot),
+        aten._scaled_dot_product_flash_attention_for_cpu: shaped(attention),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: shaped(attention_back),
     }

@@ -9,10 +9,10 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from peftkit import api, ledger
-from peftkit.costs.calling import Loss, calling, loss_of
+from peftkit.costs.calling import Loss, calling, differentiate, loss_of, trained_in
 from peftkit.costs.energy import NotMeasured, energy_of
 from peftkit.costs.figures import BASE, Comparison, Cost
 from peftkit.costs.flops import count_flops
@@ -48,8 +48,7 @@ def cost(
 
     Raises:
         TypeError: a batch of another kind. ValueError: adapters are merged, parameters without values, an output
-            without anything to take gradients of. RuntimeError: what the model raises, such as torch for reentrant
-            checkpoints, which know no `torch.autograd.grad`.
+            without anything to take gradients of, reentrant checkpoints.
     """
     return _measured(model, batch, loss or loss_of, optimizer, seconds, with_base=True)
 
@@ -106,7 +105,7 @@ def _attached(model: nn.Module, config: Config | None) -> Iterator[None]:
 def _measured(
     model: nn.Module, batch: Any, loss: Loss, optimizer: MakeOptimizer, seconds: float, *, with_base: bool
 ) -> Cost:
-    run = calling(model, batch)
+    run, inputs = calling(model, batch), trained_in(batch)
     found = ledger.find(model)
     record = found[1] if found else None
     _check(model, record)
@@ -116,16 +115,16 @@ def _measured(
         if not model.training:
             model.train()
         trained = [p for p in model.parameters() if p.requires_grad]
-        training = _training(model, run, loss, optimizer, trained, notes)
+        training = _training(model, run, loss, optimizer, trained, inputs, notes)
         base = None
         base_forward = training["forward_flops"]
         if record is not None:
             with api.disabled(model):
                 base_forward = count_flops(run, loss, model, ()).forward
-                base = _fully_trained(model, run, loss, optimizer, record, notes) if with_base else None
+                base = _fully_trained(model, run, loss, optimizer, inputs, record, notes) if with_base else None
         times, joules = Times(), None
         if seconds > 0:
-            joules = _energy(run, loss, trained, _device(model), seconds, notes)
+            joules = _energy(run, loss, [*trained, *inputs], _device(model), seconds, notes)
             times = time_forwards(model, run, seconds)
             if times.why_not and record is not None:
                 notes["added_latency_merged"] = times.why_not
@@ -170,10 +169,11 @@ def _training(
     loss: Loss,
     optimizer: MakeOptimizer,
     trained: Sequence[nn.Parameter],
+    inputs: Sequence[Tensor],
     notes: dict[str, str],
 ) -> dict[str, Any]:
-    """The figures of training `trained`, by their names in `Cost`."""
-    flops = count_flops(run, loss, model, trained)
+    """The figures of training `trained`, by their names in `Cost`; `inputs` are what else has a gradient."""
+    flops = count_flops(run, loss, model, [*trained, *inputs])
     if flops.unknown:
         notes["flops"] = f"without those of {', '.join(flops.unknown)}, for which there is no formula"
     return {
@@ -189,6 +189,7 @@ def _fully_trained(
     run: Callable[[], Any],
     loss: Loss,
     optimizer: MakeOptimizer,
+    inputs: Sequence[Tensor],
     record: Ledger,
     notes: dict[str, str],
 ) -> Cost | None:
@@ -201,7 +202,7 @@ def _fully_trained(
             notes["base"] = "nothing of it was trainable before the adapters were attached"
             return None
         try:
-            figures = _training(model, run, loss, optimizer, trained, {})
+            figures = _training(model, run, loss, optimizer, trained, inputs, {})
         except torch.OutOfMemoryError:
             notes["base"] = "not counted, since one forward and backward of it do not fit into memory"
             return None
@@ -238,15 +239,13 @@ def _unfrozen(record: Ledger) -> Iterator[None]:
 def _energy(
     run: Callable[[], Any],
     loss: Loss,
-    trained: Sequence[nn.Parameter],
+    of: Sequence[Tensor],
     device: torch.device,
     seconds: float,
     notes: dict[str, str],
 ) -> float | None:
     def step() -> None:
-        result = loss(run())
-        if result.requires_grad:
-            torch.autograd.grad(result, trained, allow_unused=True)
+        differentiate(loss(run()), of)
 
     try:
         return energy_of(step, device, seconds)
