@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import peftkit
 from peftkit import BitFitConfig, DoRAConfig, LoRAConfig
 from peftkit.costs.flops import count_flops
-from peftkit.costs.memory import optimizer_bytes
+from peftkit.costs.memory import optimizer_bytes, stored_bytes
 from peftkit.method import registered
 
 EXAMPLES = {f"{name}-{i}": c for name, cls in registered().items() for i, c in enumerate(cls.examples())}
@@ -89,7 +89,12 @@ def eager(kind: str) -> nn.Module:
 
 @pytest.mark.parametrize(
     ("kind", "method"),
-    [*product(["linear", "llama", "convolutions"], EXAMPLES), ("bert", "lora-0"), ("gpt2", "lora-0")],
+    [
+        *product(["linear", "convolutions"], EXAMPLES),
+        *product(["llama"], [m for m in EXAMPLES if m.endswith("-0")]),
+        ("bert", "lora-0"),
+        ("gpt2", "lora-0"),
+    ],
 )
 def test_flops_are_what_torch_counts(kind, method):
     """Where the model is small enough that every product is one that torch's counter knows."""
@@ -101,19 +106,18 @@ def test_flops_are_what_torch_counts(kind, method):
         peftkit.inject(model, config)
     except ValueError as refusal:
         pytest.skip(str(refusal))
-    found = counted(model, x)
+    model.train()
+    found = count_flops(lambda: output(model, x), torch.sum, model, [p for p in model.parameters() if p.requires_grad])
     for module in model.modules():
         if hasattr(module, "norms"):
             module.norms.forget()
-    torch.manual_seed(0)
-    model.train()
     with FlopCounterMode(display=False) as counter:
         loss = output(model, x).sum()
         forward = counter.get_total_flops()
         if loss.requires_grad:
             loss.backward()
-    assert (found.forward_flops, found.backward_flops) == (forward, counter.get_total_flops() - forward)
-    assert found.forward_flops > 0 and "flops" not in found.notes
+    assert (found.forward, found.backward) == (forward, counter.get_total_flops() - forward)
+    assert found.forward > 0 and not found.unknown
 
 
 def test_fused_attention_counts_as_its_products():
@@ -267,13 +271,15 @@ def test_bytes_on_disk_are_those_of_the_file(kind, method, tmp_path):
         peftkit.inject(model, EXAMPLES[method])
     except ValueError as refusal:
         pytest.skip(str(refusal))
-    found = counted(model, next(c for c in models.CASES if c.name == kind).x())
-    if found.stored_bytes is None:
-        with pytest.raises(NotImplementedError, match=found.notes["stored_bytes"]):
-            peftkit.save(model, tmp_path / "saved")
+    try:
+        peftkit.save(model, tmp_path / "saved")
+    except NotImplementedError:
+        with pytest.raises(NotImplementedError, match="cannot be saved"):
+            stored_bytes(model)
+        if kind == "linear":
+            assert "cannot be saved" in counted(model, torch.randn(3, 6)).notes["stored_bytes"]
         return
-    peftkit.save(model, tmp_path / "saved")
-    assert found.stored_bytes == (tmp_path / "saved" / "adapter_model.safetensors").stat().st_size
+    assert stored_bytes(model) == (tmp_path / "saved" / "adapter_model.safetensors").stat().st_size
 
 
 def test_of_several_adapters_those_that_act_are_stored(tmp_path):
