@@ -86,7 +86,7 @@ def test_a_slow_moment_meets_base_and_adapter_alike():
 
 def test_what_cannot_be_merged_says_why(clock):
     model = Slow(clock)
-    peftkit.inject(model, SeriesAdapterConfig(r=1, targets="inner.0"))
+    peftkit.inject(model, SeriesAdapterConfig(bottleneck=1, targets="inner.0"))
     found = peftkit.cost(model, torch.randn(3, 6), seconds=20)
     assert found.added_latency == pytest.approx(0.5, rel=1e-3)
     assert found.merged_seconds is found.added_latency_merged is None
