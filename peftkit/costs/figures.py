@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from peftkit.costs.plot import Panel, draw
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.table import Table
@@ -71,9 +73,7 @@ class Cost:
         Raises:
             ImportError: matplotlib is not there.
         """
-        from peftkit.costs.plot import draw
-
-        return draw({BASE: self.base, self.label: self} if self.base else {self.label: self}, where)
+        return _drawn({BASE: self.base, self.label: self} if self.base else {self.label: self}, where)
 
     def __str__(self) -> str:
         return _printed(self)
@@ -122,9 +122,7 @@ class Comparison(Mapping[str, Cost]):
 
     def plot(self, where: str | os.PathLike[str] | Figure | None = None) -> Figure:
         """Bars of every figure, one for each config; as `Cost.plot`."""
-        from peftkit.costs.plot import draw
-
-        return draw(self.costs, where)
+        return _drawn(self.costs, where)
 
     def __str__(self) -> str:
         return _printed(self)
@@ -139,7 +137,7 @@ class Comparison(Mapping[str, Cost]):
         caption = [line if len(names) == len(self) else f"{', '.join(names)}: {line}" for line, names in notes.items()]
         table = Table(caption="\n".join([*caption, LEGEND]), caption_justify="left")
         table.add_column("", overflow="fold")
-        shown = [q for q in QUANTITIES if any(q.value(c) is not None for c in self.costs.values())]
+        shown = _known(self.costs)
         for what in shown:
             table.add_column(what.title, justify="right")
         for name, cost in self.costs.items():
@@ -214,6 +212,20 @@ def titles(attribute: str) -> str:
     """What the table calls an attribute."""
     named = {q.attribute: q.title for q in QUANTITIES} | {"base": BASE, "flops": "FLOPs"}
     return named.get(attribute, attribute)
+
+
+def _known(costs: Mapping[str, Cost]) -> list[Quantity]:
+    """Those that are known of at least one."""
+    return [q for q in QUANTITIES if any(q.value(c) is not None for c in costs.values())]
+
+
+def _drawn(costs: Mapping[str, Cost], where: str | os.PathLike[str] | Figure | None) -> Figure:
+    each = costs.values()
+    panels = [
+        Panel(q.title, [q.value(c) for c in each], [q.text(c) for c in each], q.written is signed)
+        for q in _known(costs)
+    ]
+    return draw(list(costs), panels, where)
 
 
 def _printed(what: Cost | Comparison) -> str:

@@ -1,13 +1,11 @@
-"""The figures as bars."""
+"""Figures as bars."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
-
-from peftkit.costs.figures import QUANTITIES, Cost, Quantity, signed
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,8 +26,17 @@ _COLOURS = (
 )
 
 
-def draw(costs: Mapping[str, Cost], where: str | os.PathLike[str] | Figure | None) -> Figure:
-    """A panel for each figure that any of `costs` has, a bar for each of them; written to `where` if that is a path.
+class Panel(NamedTuple):
+    """One figure of several things: its title, their values and how these are written; a `share` may be negative."""
+
+    title: str
+    values: Sequence[float | None]
+    texts: Sequence[str]
+    share: bool
+
+
+def draw(names: Sequence[str], panels: Sequence[Panel], where: str | os.PathLike[str] | Figure | None) -> Figure:
+    """A bar for each of `names` in each panel; written to `where` if that is a path.
 
     Raises:
         ImportError: matplotlib is not there.
@@ -38,40 +45,34 @@ def draw(costs: Mapping[str, Cost], where: str | os.PathLike[str] | Figure | Non
         from matplotlib.figure import Figure, SubFigure
     except ImportError as error:
         raise ImportError(f"plots need matplotlib: pip install 'peftkit[plots]' ({error})") from error
-    shown = [q for q in QUANTITIES if any(q.value(c) is not None for c in costs.values())]
-    rows = math.ceil(len(shown) / _COLUMNS)
+    rows = math.ceil(len(panels) / _COLUMNS)
     on: Any = where
     if not isinstance(where, Figure | SubFigure):
-        on = Figure(figsize=(3.6 * _COLUMNS, rows * (0.75 + 0.27 * len(costs))), layout="constrained")
-    axes = on.subplots(rows, _COLUMNS, squeeze=False, sharey=True).flat
-    for what, ax in zip(shown, axes, strict=False):
-        _panel(ax, what, costs)
-    for ax in list(axes)[len(shown) :]:
+        on = Figure(figsize=(3.6 * _COLUMNS, rows * (0.75 + 0.27 * len(names))), layout="constrained")
+    axes = list(on.subplots(rows, _COLUMNS, squeeze=False, sharey=True).flat)
+    for panel, ax in zip(panels, axes, strict=False):
+        _bars(ax, panel, names)
+    for ax in axes[len(panels) :]:
         ax.set_axis_off()
     if on is not where and where is not None:
         on.savefig(where, dpi=150)
     return on
 
 
-def _panel(ax: Any, what: Quantity, costs: Mapping[str, Cost]) -> None:
-    values = [what.value(c) for c in costs.values()]
-    colours = [_COLOURS[i % len(_COLOURS)] for i in range(len(values))]
-    places = range(len(values))
-    ax.barh(places, [v or 0 for v in values], color=colours, height=0.7)
-    there = [v for v in values if v is not None]
-    least = _LEAST if what.written is signed else 0
-    low, high = min(0, *there), max(least, *there)
+def _bars(ax: Any, panel: Panel, names: Sequence[str]) -> None:
+    places, values = range(len(names)), [v or 0 for v in panel.values]
+    ax.barh(places, values, color=[_COLOURS[i % len(_COLOURS)] for i in places], height=0.7)
+    low, high = min(0, *values), max(_LEAST if panel.share else 0, *values)
     span = (high - low) or 1
-    for place, value in zip(places, values, strict=True):
-        text = "–" if value is None else what.written(value)
-        ax.text(max(value or 0, 0) + 0.02 * span, place, text, va="center", fontsize=8)
+    for place, value, text in zip(places, values, panel.texts, strict=True):
+        ax.text(max(value, 0) + 0.02 * span, place, text, va="center", fontsize=8)
     ax.set_xlim(low - (0.02 * span if low else 0), high + 0.42 * span)
-    ax.set_yticks(places, list(costs), fontsize=8)
-    ax.set_ylim(len(values) - 0.5, -0.5)
-    ax.set_title(what.title, fontsize=9, loc="left")
+    ax.set_yticks(places, list(names), fontsize=8)
+    ax.set_ylim(len(names) - 0.5, -0.5)
+    ax.set_title(panel.title, fontsize=9, loc="left")
     ax.set_xticks([])
     ax.spines[["top", "right", "bottom"]].set_visible(False)
     ax.tick_params(axis="y", length=0)
-    if low:  # labels stay at the side
+    if low:  # the names stay at the side
         ax.spines["left"].set_visible(False)
         ax.axvline(0, color="black", linewidth=0.8)
