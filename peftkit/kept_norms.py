@@ -101,10 +101,6 @@ class KeptNorms:
         self._kept = kept
         return kept
 
-    def forget(self) -> None:
-        """The next norms are computed, as they are after a step of training."""
-        self._kept = None
-
     def __deepcopy__(self, memo: dict[int, Any]) -> KeptNorms:
         return KeptNorms()
 

@@ -14,11 +14,10 @@ from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peftkit.costs.calling import differentiate
-from peftkit.kept_norms import KeptNorms
 
 # Products that torch's counter has no formula for, and there is none here either.
 _OPAQUE = (
@@ -48,12 +47,12 @@ class Flops:
     unknown: tuple[str, ...]
 
 
-def count_flops(run: Callable[[], Any], loss: Callable[[Any], Tensor], model: nn.Module, of: Sequence[Tensor]) -> Flops:
+def count_flops(run: Callable[[], Any], loss: Callable[[Any], Tensor], of: Sequence[Tensor]) -> Flops:
     """Of `run()` and of the gradients of its loss for the tensors `of`; what checkpoints compute again is backward's.
 
-    Compiled code is run eagerly, since no counter sees into it. A gradient is dropped as soon as it is there.
+    Compiled code is run eagerly, since no counter sees into it. A gradient is dropped as soon as it is there. Norms that DoRA
+    keeps are computed, as in every step of training: under a mode as this one it keeps none.
     """
-    _forget_norms(model)
     with ExitStack() as stack:
         if "torch._dynamo" in sys.modules:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -68,14 +67,6 @@ def count_flops(run: Callable[[], Any], loss: Callable[[Any], Tensor], model: nn
 
 def _drop(gradient: Tensor) -> Tensor:
     return gradient.new_zeros(()).expand_as(gradient)
-
-
-def _forget_norms(model: nn.Module) -> None:
-    """A step of training changes A and B, so that their norms are computed in every one."""
-    for module in model.modules():
-        for value in vars(module).values():
-            if isinstance(value, KeptNorms):
-                value.forget()
 
 
 class _Counter(TorchDispatchMode):

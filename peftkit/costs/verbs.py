@@ -120,7 +120,7 @@ def _measured(
         base_forward = training["forward_flops"]
         if record is not None:
             with api.disabled(model):
-                base_forward = count_flops(run, loss, model, ()).forward
+                base_forward = count_flops(run, loss, ()).forward
                 base = _fully_trained(model, run, loss, optimizer, inputs, record, notes) if with_base else None
         times, joules = Times(), None
         if seconds > 0:
@@ -173,7 +173,7 @@ def _training(
     notes: dict[str, str],
 ) -> dict[str, Any]:
     """The figures of training `trained`, by their names in `Cost`; `inputs` are what else has a gradient."""
-    flops = count_flops(run, loss, model, [*trained, *inputs])
+    flops = count_flops(run, loss, [*trained, *inputs])
     if flops.unknown:
         notes["flops"] = f"without those of {', '.join(flops.unknown)}, for which there is no formula"
     return {
