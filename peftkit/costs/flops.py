@@ -50,8 +50,8 @@ class Flops:
 def count_flops(run: Callable[[], Any], loss: Callable[[Any], Tensor], of: Sequence[Tensor]) -> Flops:
     """Of `run()` and of the gradients of its loss for the tensors `of`; what checkpoints compute again is backward's.
 
-    Compiled code is run eagerly, since no counter sees into it. A gradient is dropped as soon as it is there. Norms that DoRA
-    keeps are computed, as in every step of training: under a mode as this one it keeps none.
+    Compiled code is run eagerly, since no counter sees into it. A gradient is dropped as soon as it is there. Norms of
+    DoRA are computed, as in every step of training: under a mode such as this one it keeps none.
     """
     with ExitStack() as stack:
         if "torch._dynamo" in sys.modules:

@@ -33,7 +33,7 @@ def saved_bytes(run: Callable[[], Tensor], model: nn.Module) -> int:
         if tensor.layout is torch.strided and (where := _where(tensor)) not in held:
             kept = tensor.untyped_storage()
             found[where] = StorageWeakRef(kept), kept.nbytes()
-        return tensor
+        return tensor.detach()  # an output would hold the graph that holds it
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         result = run()
