@@ -49,7 +49,7 @@ def save(
         StorageError: an adapted module is not in the model any more, a value is not finite or on the meta device, the
             directory cannot be written. What was there is as it was.
     """
-    tensors, metadata, peft = _content(model, attachment)
+    tensors, metadata, peft = _content(model, attachment, origin)
     reads = attachment.config.peft_reads and peft["peft_type"] == attachment.config.peft_type
     with replacing(Path(path)) as fresh:
         tensorfile.write(fresh / layout.TENSORS, tensors, metadata)
@@ -64,11 +64,13 @@ def stored_bytes(model: nn.Module, attachment: Attachment) -> int:
     Raises:
         StorageError: as `save`, but for values that are not finite.
     """
-    tensors, metadata, _ = _content(model, attachment)
+    tensors, metadata, _ = _content(model, attachment, None)
     return tensorfile.size(tensors, metadata)
 
 
-def _content(model: nn.Module, attachment: Attachment) -> tuple[dict[str, Tensor], dict[str, str], dict[str, Any]]:
+def _content(
+    model: nn.Module, attachment: Attachment, origin: Origin | None
+) -> tuple[dict[str, Tensor], dict[str, str], dict[str, Any]]:
     """The tensors, the metadata of their file, and `adapter_config.json`."""
     everything = walk(model)
     _check_in_place(attachment, everything)
