@@ -9,7 +9,6 @@ import random
 import sys
 from typing import Any
 
-import models
 import numpy as np
 import pytest
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 import peftkit
 from peftkit import DoRAConfig, IA3Config, LoRAConfig, PrefixTuningConfig
+from peftkit.testing import models
 
 X = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
 

@@ -6,13 +6,11 @@ import dataclasses
 from itertools import product
 
 import foreign_methods  # noqa: F401 - registers its methods, as any package may
-import models
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import output
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -22,6 +20,8 @@ from peftkit import BitFitConfig, DoRAConfig, LoRAConfig
 from peftkit.costs.flops import count_flops
 from peftkit.costs.memory import optimizer_bytes, stored_bytes
 from peftkit.method import registered
+from peftkit.testing import models
+from peftkit.testing.models import output
 
 EXAMPLES = {f"{name}-{i}": c for name, cls in registered().items() for i, c in enumerate(cls.examples())}
 

@@ -6,7 +6,6 @@ import sys
 import types
 from pathlib import Path
 
-import models
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ import peftkit
 from peftkit import LoRAConfig, SeriesAdapterConfig, ledger
 from peftkit.costs import energy, latency
 from peftkit.costs.energy import NotMeasured
+from peftkit.testing import models
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
 
