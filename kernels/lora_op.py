@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from peftkit.kernels import choice, torch_way
 from peftkit.kernels.lora_autograd import Gradients, again, once, rows, shaped
@@ -134,3 +135,23 @@ for _key in ("AutocastCPU", "AutocastCUDA"):
 
 FORWARD = torch.ops.peftkit.lora_linear.default
 BACKWARD = torch.ops.peftkit.lora_linear_backward.default
+
+
+@register_flop_formula(torch.ops.peftkit.lora_linear)
+def _forward_flops(x, y, weight, bias, gain, a, b, *_: Any, out_shape: Any = None) -> int:
+    """2 · tokens · (in · out + r · (in + out)), as torch's counter counts products: no sums, no scaling."""
+    tokens, (r, fan_in), fan_out = math.prod(x[:-1]), a, b[0]
+    base = 0 if weight is None else fan_in * fan_out
+    return 2 * tokens * (base + r * (fan_in + fan_out))
+
+
+@register_flop_formula(torch.ops.peftkit.lora_linear_backward)
+def _backward_flops(
+    dy, x, z, weight, bias, gain, a, b, s, scale, dropout, seed, way, needs, out_shape: Any = None
+) -> int:
+    """dX = dY W + dS A, dS = dY B, dA = dSᵀ x, dB = dYᵀ S: each product that is needed."""
+    x_needs, a_needs, b_needs, _ = needs
+    tokens, (r, fan_in), fan_out = math.prod(dy[:-1]), a, b[0]
+    base = fan_in * fan_out if x_needs and weight is not None else 0
+    narrow = x_needs * fan_in + (x_needs or a_needs) * fan_out + a_needs * fan_in + b_needs * fan_out
+    return 2 * tokens * (base + r * narrow)

@@ -25,6 +25,8 @@ from peftkit.checkpoints.extraction import extract
 from peftkit.checkpoints.inspection import Inspection, inspect
 from peftkit.checkpoints.merge import Merged, merge_checkpoint
 from peftkit.checkpoints.verification import Verified, verify
+from peftkit.costs.figures import Comparison, Cost
+from peftkit.costs.verbs import compare, cost
 from peftkit.distillation import TeacherLogits, context_distillation, teacher_logits
 from peftkit.formats.convert import convert
 from peftkit.method import Adapter, Config, NotMergeable
@@ -55,7 +57,9 @@ __all__ = [
     "Adapter",
     "Approximation",
     "BitFitConfig",
+    "Comparison",
     "Config",
+    "Cost",
     "Difference",
     "DoRAConfig",
     "GradualUnfreezing",
@@ -82,8 +86,10 @@ __all__ = [
     "active",
     "adapters",
     "combine",
+    "compare",
     "context_distillation",
     "convert",
+    "cost",
     "describe",
     "difference",
     "disabled",

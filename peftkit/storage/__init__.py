@@ -4,7 +4,7 @@ from peftkit.storage.errors import StorageError
 from peftkit.storage.matching import fill, match, refuse_base
 from peftkit.storage.reader import Stored, read
 from peftkit.storage.restoring import check_identity, identity, take_over
-from peftkit.storage.writer import Origin, save
+from peftkit.storage.writer import Origin, save, stored_bytes
 
 __all__ = [
     "Origin",
@@ -17,5 +17,6 @@ __all__ = [
     "read",
     "refuse_base",
     "save",
+    "stored_bytes",
     "take_over",
 ]

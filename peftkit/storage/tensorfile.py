@@ -103,9 +103,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     Raises:
         StorageError: a dtype that the format does not know, a value that is not finite.
     """
-    # wide ones first, so that each lies at a multiple of its item's size
-    order = sorted(tensors, key=lambda k: (-tensors[k].dtype.itemsize, _name(k, tensors[k].dtype), k))
-    raw = header_bytes({k: (tensors[k].dtype, tensors[k].shape) for k in order}, {DIGEST: _BLANK, **metadata})
+    order, raw = _beginning(tensors, metadata)
     found = hashlib.blake2b(raw[8:], digest_size=16)
     with path.open("wb") as file:
         file.write(raw)
@@ -115,6 +113,23 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
             file.write(piece)
         file.seek(raw.index(_BLANK.encode()))
         file.write(found.hexdigest().encode())
+
+
+def size(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int:
+    """The bytes of the file that `write` would make.
+
+    Raises:
+        StorageError: a dtype that the format does not know.
+    """
+    _, raw = _beginning(tensors, metadata)
+    return len(raw) + sum(t.numel() * t.dtype.itemsize for t in tensors.values())
+
+
+def _beginning(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[list[str], bytes]:
+    """The keys in the order of the file, and what it begins with, its checksum blank."""
+    # wide ones first, so that each lies at a multiple of its item's size
+    order = sorted(tensors, key=lambda k: (-tensors[k].dtype.itemsize, _name(k, tensors[k].dtype), k))
+    return order, header_bytes({k: (tensors[k].dtype, tensors[k].shape) for k in order}, {DIGEST: _BLANK, **metadata})
 
 
 def header_bytes(tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: Mapping[str, str]) -> bytes:

@@ -49,9 +49,35 @@ def save(
         StorageError: an adapted module is not in the model any more, a value is not finite or on the meta device, the
             directory cannot be written. What was there is as it was.
     """
+    adapted = _adapted(attachment)
+    tensors, own, peft = _content(model, attachment, adapted, origin)
+    reads = attachment.config.peft_reads and peft["peft_type"] == attachment.config.peft_type
+    with replacing(Path(path)) as fresh:
+        tensorfile.write(fresh / layout.TENSORS, tensors, _metadata(own))
+        (fresh / layout.CONFIG).write_text(json.dumps(peft, indent=2, sort_keys=True) + "\n", "utf-8")
+        if _is_ours(Path(path) / layout.README):
+            base, sampled = peft["base_model_name_or_path"], len(own["base"]["names"])
+            whole = model if origin is None else None
+            said = card.text(whole, attachment, adapted, tensors, base=base, sampled=sampled, peft_reads=reads)
+            (fresh / layout.README).write_text(said, "utf-8")
+
+
+def stored_bytes(model: nn.Module, attachment: Attachment) -> int:
+    """The bytes of the tensor file that `save` would write, header and all; nothing is written.
+
+    Raises:
+        StorageError: as `save`, but for values that are not finite.
+    """
+    tensors, own, _ = _content(model, attachment, _adapted(attachment), None)
+    return tensorfile.size(tensors, _metadata(own))
+
+
+def _content(
+    model: nn.Module, attachment: Attachment, adapted: dict[str, Site], origin: Origin | None
+) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
+    """The tensors, what their file says of them in its metadata, and `adapter_config.json`."""
     everything = walk(model)
     _check_in_place(attachment, everything)
-    adapted = _adapted(attachment)
     tensors = _tensors(attachment, adapted)
     peft = _config(model, attachment, adapted, everything, origin)
     own = {
@@ -62,16 +88,11 @@ def save(
     }
     if attachment.config.whole_keys:
         own["sites"] = list(adapted)
-    reads = attachment.config.peft_reads and peft["peft_type"] == attachment.config.peft_type
-    metadata = {"format": "pt", "peftkit": json.dumps(own, sort_keys=True, separators=(",", ":"))}
-    with replacing(Path(path)) as fresh:
-        tensorfile.write(fresh / layout.TENSORS, tensors, metadata)
-        (fresh / layout.CONFIG).write_text(json.dumps(peft, indent=2, sort_keys=True) + "\n", "utf-8")
-        if _is_ours(Path(path) / layout.README):
-            base, sampled = peft["base_model_name_or_path"], len(own["base"]["names"])
-            whole = model if origin is None else None
-            said = card.text(whole, attachment, adapted, tensors, base=base, sampled=sampled, peft_reads=reads)
-            (fresh / layout.README).write_text(said, "utf-8")
+    return tensors, own, peft
+
+
+def _metadata(own: Mapping[str, Any]) -> dict[str, str]:
+    return {"format": "pt", "peftkit": json.dumps(own, sort_keys=True, separators=(",", ":"))}
 
 
 def _is_ours(readme: Path) -> bool:
