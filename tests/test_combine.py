@@ -23,7 +23,7 @@ MODELS = {
     "gpt2": (gpt2, ["c_attn", "wte"], ["mlp.c_proj", "c_attn"]),
     "bert": (bert, "attention", "mlp"),
     "convolutions": (conv, ["0", "2"], "2"),
-    "MultiheadAttention": (Attending, ["attn", "table"], ["attn.out_proj", "attn.in_proj", "out"]),
+    "MultiheadAttention": (Attending, ["attn", "table"], ["attn.in_proj", "out"]),
 }
 
 
