@@ -184,7 +184,7 @@ def _settings(one: Stored, other: Stored) -> dict[str, tuple[Any, Any]]:
     """Fields that differ; what is empty, off or zero is as if it were not there, and lists of modules have no order."""
 
     def plain(value: Any) -> Any:
-        return sorted(map(str, value)) if isinstance(value, list) else value or None
+        return (sorted(map(str, value)) if isinstance(value, list) else value) or None
 
     left, right = meaning(one.peft), meaning(other.peft)
     keys = sorted(left.keys() | right.keys())
