@@ -188,9 +188,7 @@ def _settings(one: Stored, other: Stored) -> dict[str, tuple[Any, Any]]:
 
     left, right = meaning(one.peft), meaning(other.peft)
     keys = sorted(left.keys() | right.keys())
-    return {
-        k: (left.get(k), right.get(k)) for k in keys if (plain(left.get(k)) or None) != (plain(right.get(k)) or None)
-    }
+    return {k: (left.get(k), right.get(k)) for k in keys if plain(left.get(k)) != plain(right.get(k))}
 
 
 # -- what is compared ----------------------------------------------------------------------------------------------------
