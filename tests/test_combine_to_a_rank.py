@@ -144,6 +144,15 @@ def test_ties_is_the_papers(density, three, tmp_path):
     assert cut.sites[0].lost == pytest.approx(float(sigma[4:].square().sum()), rel=1e-4)
 
 
+@pytest.mark.parametrize("make", [conv, Attending])
+@pytest.mark.parametrize("how", ["ties", "dare"])
+def test_nothing_left_out_is_the_sum_on_other_hosts(how, make, tmp_path):
+    model, targets = make(), ["2"] if make is conv else ["attn", "table"]
+    a = saved(model, tmp_path / "a", LoRAConfig(r=2, alpha=3, targets=targets))
+    peftkit.combine([(a, -2.0)], tmp_path / "out", how=how, r="full", density=1.0)
+    assert far(changes(model, tmp_path / "out"), summed([(changes(model, a), -2.0)])) < 2e-6
+
+
 def test_ties_keeps_no_sign_where_the_sum_is_zero():
     d = torch.tensor([[1.0, -2.0, 3.0, 0.0]])
     found = task_vectors.elected([d.clone, lambda: torch.tensor([[-1.0, -4.0, 1.0, 0.0]])])

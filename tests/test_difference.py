@@ -70,6 +70,8 @@ def test_the_same_is_the_same(tmp_path):
     found = peftkit.difference(a, tmp_path / "b")
     assert not found.same and all(0 < c.distance < 1e-6 and c.cosine > 1 - 1e-12 for c in found.common)
     assert found.settings == {"lora_alpha": (3, 2)}
+    peftkit.combine([(a, 3.0)], tmp_path / "c")  # the same factors, of another alpha
+    assert all(c.distance == pytest.approx(2) for c in peftkit.difference(a, tmp_path / "c").common)
 
 
 def test_what_else_differs(tmp_path):

@@ -184,13 +184,11 @@ def _settings(one: Stored, other: Stored) -> dict[str, tuple[Any, Any]]:
     """Fields that differ; what is empty, off or zero is as if it were not there, and lists of modules have no order."""
 
     def plain(value: Any) -> Any:
-        return sorted(map(str, value)) if isinstance(value, list) else value or None
+        return (sorted(map(str, value)) if isinstance(value, list) else value) or None
 
     left, right = meaning(one.peft), meaning(other.peft)
     keys = sorted(left.keys() | right.keys())
-    return {
-        k: (left.get(k), right.get(k)) for k in keys if (plain(left.get(k)) or None) != (plain(right.get(k)) or None)
-    }
+    return {k: (left.get(k), right.get(k)) for k in keys if plain(left.get(k)) != plain(right.get(k))}
 
 
 # -- what is compared ----------------------------------------------------------------------------------------------------

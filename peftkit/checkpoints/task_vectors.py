@@ -55,7 +55,7 @@ def elected(changes: Sequence[Change]) -> Tensor:
     total, count = torch.zeros_like(sign), torch.zeros_like(sign)
     for change in changes:
         one = change()
-        agrees = (one.sign() == sign) & (sign != 0)
+        agrees = one.sign() == sign  # where none is elected, these are zeros
         total.add_(one.mul_(agrees))
         count.add_(agrees)
     return total.div_(count.clamp_(min=1))
