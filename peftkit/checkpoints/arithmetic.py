@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from functools import partial, reduce
 from itertools import combinations
@@ -19,13 +18,13 @@ from peftkit.checkpoints import lowrank, task_vectors
 from peftkit.checkpoints.approximation import Approximation, Nearness
 from peftkit.checkpoints.computed import Matrices, as_stored, write
 from peftkit.checkpoints.implied import Implied, Pair, implied
+from peftkit.checkpoints.weighting import Folder, Weighted, weighted
 from peftkit.dtypes import check_dtype
 from peftkit.hosts import Host
 from peftkit.storage import Origin, StorageError, Stored
 from peftkit.storage.fingerprint import disagreeing, fingerprint, joined
 from peftkit.targets import PerSite, nearest
 
-Summands = Mapping[str, float] | Sequence[tuple[str | os.PathLike[str], float]]
 Rank = int | Mapping[str, int] | str
 
 HOWS = ("concatenate", "svd", "ties", "dare", "dare_ties")
@@ -45,8 +44,8 @@ class Term(NamedTuple):
 
 
 def combine(
-    adapters: Summands,
-    out: str | os.PathLike[str],
+    adapters: Weighted,
+    out: Folder,
     *,
     how: str = "concatenate",
     r: Rank | None = None,
@@ -62,7 +61,7 @@ def combine(
     an adapter of weight 1, if no other has anything there; one of weight 0 is left out altogether.
 
     Args:
-        adapters: directories and weights; a sequence may name a directory more than once.
+        adapters: directories with weights, 1 where none is given; a sequence may name a directory more than once.
         how: what becomes of the sum ΔW of each site.
 
             - `"concatenate"`: all pairs side by side, the ranks added up. Exact: A is not changed, and `w · s` goes into
@@ -90,7 +89,9 @@ def combine(
         ValueError: a weight that is not finite, weights that are all zero, an unknown `how`, settings that do not go
             with it. TypeError: `adapters` of another kind.
     """
-    named = _named(adapters)
+    named = weighted(adapters)
+    if not any(weight for _, weight in named):
+        raise ValueError("adapters: at least one with a weight other than 0; nothing else is left to write")
     _check_settings(how, r, density, iterations)
     check_dtype(dtype)
     read = [storage.read(path) for path, _ in named]
@@ -121,21 +122,6 @@ def combine(
 
 
 # -- what is asked for ---------------------------------------------------------------------------------------------------
-
-
-def _named(adapters: Summands) -> list[tuple[str | os.PathLike[str], float]]:
-    items = adapters.items() if isinstance(adapters, Mapping) else adapters
-    found = []
-    for item in items if not isinstance(items, str | os.PathLike) else [items]:
-        if not isinstance(item, tuple | list) or len(item) != 2 or not isinstance(item[0], str | os.PathLike):
-            raise TypeError(f"adapters: directories with weights, as in {{'a': 0.5, 'b': -1.0}}, not {item!r}")
-        path, weight = item
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
-            raise ValueError(f"the weight of {path} is a finite number, not {weight!r}")
-        found.append((path, float(weight)))
-    if not any(weight for _, weight in found):
-        raise ValueError("adapters: at least one with a weight other than 0; nothing else is left to write")
-    return found
 
 
 def _check_settings(how: str, r: Rank | None, density: float | None, iterations: int | None) -> None:
