@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -11,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from killing import ROOT, kill_often, seconds
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from storage_helpers import folder_bytes, small, trained
 
 import peftkit
@@ -58,6 +60,11 @@ def left(parent: Path) -> list[Path]:
     return sorted(p for p in parent.iterdir() if p.name.startswith("."))
 
 
+def work(parent: Path) -> list[Path]:
+    """The directories that grow there."""
+    return [p for p in left(parent) if p.is_dir()]
+
+
 def test_a_killed_merge(tmp_path, base, adapters, expected):
     """A child merges one adapter over another for ever and is killed at 200 random moments."""
     out = tmp_path / "out"
@@ -97,7 +104,7 @@ def test_it_goes_on_where_it_stopped(tmp_path, monkeypatch, base, adapters, expe
     out = tmp_path / "out"
     with pytest.raises(Stop):
         peftkit.merge_checkpoint(base, adapters[0], out, progress=stopping(after, Stop))
-    assert not out.exists() and len(left(tmp_path)) == 1
+    assert not out.exists() and len(work(tmp_path)) == 1
     made = []
     pieces = merge._Plan.pieces
     monkeypatch.setattr(merge._Plan, "pieces", lambda plan, item: made.append(item.key) or pieces(plan, item))
@@ -106,13 +113,24 @@ def test_it_goes_on_where_it_stopped(tmp_path, monkeypatch, base, adapters, expe
     assert len(made) == 4 - after, made
 
 
-def test_what_was_written_for_other_files_is_not_taken(tmp_path, monkeypatch, base, adapters, expected):
+@pytest.mark.parametrize("change", ["adapter", "weight", "dtype", "base"])
+def test_what_was_written_for_other_files_is_not_taken(tmp_path, monkeypatch, base, adapters, change):
     monkeypatch.setattr(output, "_SYNC_BYTES", 1)
     out = tmp_path / "out"
+    kwargs: dict[str, Any] = {"check_base": False}
     with pytest.raises(Stop):
-        peftkit.merge_checkpoint(base, adapters[0], out, progress=stopping(3, Stop))
-    peftkit.merge_checkpoint(base, adapters[1], out)
-    assert folder_bytes(out) == expected[1] and left(tmp_path) == []  # and what nobody goes on with has gone
+        peftkit.merge_checkpoint(base, {adapters[0]: 0.5}, out, progress=stopping(3, Stop), **kwargs)
+    assert len(work(tmp_path)) == 1
+    other = {adapters[change == "adapter"]: 2.0 if change == "weight" else 0.5}
+    if change == "dtype":
+        kwargs["dtype"] = torch.bfloat16
+    if change == "base":
+        (file, *_) = base.glob("*.safetensors")
+        save_file({k: v + 1 for k, v in load_file(file).items()}, file, {"format": "pt"})
+    peftkit.merge_checkpoint(base, other, tmp_path / "whole", **kwargs)
+    peftkit.merge_checkpoint(base, other, out, **kwargs)
+    assert folder_bytes(out) == folder_bytes(tmp_path / "whole")
+    assert left(tmp_path) == []  # and what nobody goes on with has gone
 
 
 @pytest.mark.parametrize("damage", ["shorter", "another header", "no number", "too far"])
@@ -121,7 +139,7 @@ def test_a_half_written_file_that_was_changed(tmp_path, monkeypatch, base, adapt
     out = tmp_path / "out"
     with pytest.raises(Stop):
         peftkit.merge_checkpoint(base, adapters[0], out, progress=stopping(1, Stop))
-    (folder,) = left(tmp_path)
+    (folder,) = work(tmp_path)
     (part,), (upto,) = folder.glob("*.part"), folder.glob("*.upto")
     raw = part.read_bytes()
     if damage == "shorter":
@@ -152,7 +170,7 @@ def test_a_disk_that_fills(tmp_path, monkeypatch, base, adapters, expected, wher
             patch.setattr(directory, "exchange", no_space)
         else:
             patch.setattr(output.os, "fsync", no_space)
-        with pytest.raises(StorageError, match=r"No space left.*the same call goes on"):
+        with pytest.raises(StorageError, match=r"No space left.*(the same call goes on|is kept)"):
             peftkit.merge_checkpoint(base, adapters[1], out, overwrite=True)
     assert folder_bytes(out) == expected[0]
     peftkit.merge_checkpoint(base, adapters[1], out, overwrite=True)
@@ -213,24 +231,27 @@ def test_a_disk_that_is_full(tmp_path, base, adapters):
 
 def test_too_little_room_is_told_beforehand(tmp_path, monkeypatch, base, adapters):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10, 0, 10))
-    with pytest.raises(StorageError, match=r"has 10 bytes free, and 440 are to be written"):
+    with pytest.raises(StorageError, match=r"has 10 bytes free, and 442 are to be written"):
         peftkit.merge_checkpoint(base, adapters[0], tmp_path / "out")
     assert left(tmp_path) == [] and not (tmp_path / "out").exists()
 
 
 def test_two_at_once(tmp_path, base, adapters, expected):
-    folder = []
+    """Of the same settings one waits for the other; of others it may, and is first; nothing done is lost."""
+    tried = []
 
     def progress(done: int, total: int) -> None:
-        if not folder:
-            folder.extend(left(tmp_path))
+        if not tried:
+            tried.append(True)
             with pytest.raises(StorageError, match="another process is writing"):
                 peftkit.merge_checkpoint(base, adapters[0], tmp_path / "out")
-            peftkit.merge_checkpoint(base, adapters[1], tmp_path / "out")  # other settings: it may, and is first
+            peftkit.merge_checkpoint(base, adapters[1], tmp_path / "out")
 
     with pytest.raises(StorageError, match="is there already"):
         peftkit.merge_checkpoint(base, adapters[0], tmp_path / "out", progress=progress)
-    assert folder_bytes(tmp_path / "out") == expected[1] and left(tmp_path) == []
+    assert folder_bytes(tmp_path / "out") == expected[1]
+    peftkit.merge_checkpoint(base, adapters[0], tmp_path / "out", overwrite=True)
+    assert folder_bytes(tmp_path / "out") == expected[0] and left(tmp_path) == []
 
 
 def test_an_old_target_left_by_a_kill_is_not_taken_for_work(tmp_path, base, adapters, expected):
@@ -238,21 +259,70 @@ def test_an_old_target_left_by_a_kill_is_not_taken_for_work(tmp_path, base, adap
     out = tmp_path / "out"
     with pytest.raises(Stop):
         peftkit.merge_checkpoint(base, adapters[0], out, progress=stopping(4, Stop))
-    (work,) = left(tmp_path)
-    peftkit.merge_checkpoint(base, adapters[1], out)
-    shutil.copytree(out, work)  # all files finished, of another model
-    shutil.rmtree(out)
+    (old,) = work(tmp_path)
+    os.rename(old, tmp_path / "exchanged")
+    peftkit.merge_checkpoint(base, adapters[1], old)  # all files finished, of another model
     peftkit.merge_checkpoint(base, adapters[0], out)
     assert folder_bytes(out) == expected[0]
 
 
-def test_an_error_leaves_nothing(tmp_path, base, adapters):
-    def wrong(done: int, total: int) -> None:
-        raise RuntimeError("of the caller's own")
-
+@pytest.mark.parametrize("what", ["caller", "space", "exchange"])
+def test_an_error_loses_nothing(tmp_path, monkeypatch, base, adapters, expected, what):
+    """Of a caller's own, of a disk that is still full, of a directory that cannot be replaced: the work is kept."""
+    monkeypatch.setattr(output, "_SYNC_BYTES", 1)
+    out = tmp_path / "out"
+    peftkit.merge_checkpoint(base, adapters[1], out)
     with pytest.raises(RuntimeError):
-        peftkit.merge_checkpoint(base, adapters[0], tmp_path / "out", progress=wrong)
-    assert left(tmp_path) == [] and not (tmp_path / "out").exists()
+        peftkit.merge_checkpoint(
+            base, adapters[0], out, overwrite=True, progress=stopping(4, RuntimeError("of the caller's own"))
+        )
+    with monkeypatch.context() as patch:
+        if what == "space":
+            patch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10, 0, -1000))
+        if what == "exchange":
+            patch.setattr(directory, "exchange", no_space)
+        for _ in range(2 if what != "caller" else 0):
+            with pytest.raises(StorageError, match="make room|cannot be replaced.*What was done is kept"):
+                peftkit.merge_checkpoint(base, adapters[0], out, overwrite=True)
+    assert folder_bytes(out) == expected[1]
+    pieces = merge._Plan.pieces
+    made = []
+    monkeypatch.setattr(merge._Plan, "pieces", lambda plan, item: made.append(item.key) or pieces(plan, item))
+    peftkit.merge_checkpoint(base, adapters[0], out, overwrite=True)
+    assert folder_bytes(out) == expected[0] and left(tmp_path) == [] and made == []
+
+
+def test_an_exchange_in_three_steps_that_was_killed(tmp_path, monkeypatch, base, adapters, expected):
+    """Where a system knows no other exchange: what was set aside gets its name back."""
+    out = tmp_path / "out"
+    peftkit.merge_checkpoint(base, adapters[0], out)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    rename = os.rename
+
+    def killed(a: Path, b: Path) -> None:
+        if str(b) == str(out):
+            raise Stop
+        rename(a, b)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", killed)
+        with pytest.raises(Stop):
+            peftkit.merge_checkpoint(base, adapters[1], out, overwrite=True)
+    assert not out.exists()  # the handler of an exception was not reached either: it is as killed
+    with pytest.raises(StorageError, match="is there already"):
+        peftkit.merge_checkpoint(base, adapters[1], out)
+    assert folder_bytes(out) == expected[0]
+    peftkit.merge_checkpoint(base, adapters[1], out, overwrite=True)
+    assert folder_bytes(out) == expected[1] and left(tmp_path) == []
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch, base, adapters, expected):
+    def unknown(*args: Any) -> None:
+        raise OSError(errno.ENOSYS, "not implemented")
+
+    monkeypatch.setattr(directory.fcntl, "flock", unknown)
+    peftkit.merge_checkpoint(base, adapters[0], tmp_path / "out")
+    assert folder_bytes(tmp_path / "out") == expected[0] and left(tmp_path) == []
 
 
 def test_progress_is_told(tmp_path, base, adapters):

@@ -121,6 +121,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 def _index(folder: Path) -> tuple[str, dict[str, Any]] | None:
     found = sorted(p.name for p in folder.glob(f"*{_INDEX}"))
     usual = "model" + _INDEX
+    if usual in found and (folder / _USUAL).exists():
+        raise StorageError(f"{folder} has {_USUAL} and {usual}; remove the one that is not the model's")
     if len(found) > 1 and usual not in found:
         raise StorageError(f"{folder} has several indices, {', '.join(found)}; expected one, or {usual}")
     if not found:

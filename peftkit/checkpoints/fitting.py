@@ -11,13 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftkit import api, building, loading, storage
+from peftkit import api, building, leading, loading, storage
 from peftkit.checkpoints.files import Checkpoint
 from peftkit.checkpoints.skeleton import Hints, skeleton
+from peftkit.checkpoints.ties import check_ties
 from peftkit.sites import walk
 from peftkit.storage import StorageError, Stored, layout
 from peftkit.storage.fingerprint import differing
 
+_CONV1D = {"c_attn", "c_proj", "c_fc", "q_attn"}  # what transformers' models call their Conv1Ds, all of them
 TRANSPOSED = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}  # model types whose blocks are of Conv1D
 _PARTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")  # of an `nn.MultiheadAttention`
 _PACKED = ("qweight", "weight_packed", "weight_scale", "weight_scale_inv", "SCB", "absmax")
@@ -54,11 +56,18 @@ def fit(checkpoint: Checkpoint, adapters: Sequence[Stored], *, check_base: bool)
     root = skeleton({**shapes, **added}, hints)
     if _learn(hints, checkpoint, adapters, root):
         root = skeleton({**shapes, **added}, hints)
-    _map(checkpoint, adapters, root, named, check_base=check_base)
+    _occupy(root)
+    for stored in adapters:
+        for stem in stored.frozen:  # which is compared whole
+            name = f"{layout.path_of(stem)}.weight"
+            put(root, name, checkpoint.tensor(named[name]))
+    for stored in adapters:
+        _look_at_base(checkpoint, stored, root, named, check_base=check_base)
     names = [f"adapter-{i}" for i in range(len(adapters))]
     for name, stored in zip(names, adapters, strict=True):
         loading.attach(root, stored, name=name, trainable=False, check_base=False)
     api.activate(root, *names)
+    check_ties(checkpoint, root, named, added)
     return Fitted(root, names, named, added)
 
 
@@ -126,8 +135,8 @@ def _check_there(checkpoint: Checkpoint, adapters: Sequence[Stored], names: Mapp
     there = _modules(names)
     for stored in adapters:
         for path in sorted(_paths(stored)):
-            packed = next((n for n in _PACKED if f"{path}.{n}" in names), None)
-            if path in there and not (packed is not None and f"{path}.weight" not in names):
+            packed = next((n for n in _PACKED if f"{path}.{n}" in names or f"{path}.weight.{n}" in names), None)
+            if path in there and packed is None:
                 continue
             if packed is not None:
                 why = f"; it is quantised ({packed}): merge into the checkpoint that it was made from"
@@ -169,28 +178,46 @@ def _learn(hints: Hints, checkpoint: Checkpoint, adapters: Sequence[Stored], roo
                 hints.inputs[site.name] = odd[0][1]
     family = checkpoint.config.get("model_type") in TRANSPOSED
     if wrong or family or any(stored.peft.get("fan_in_fan_out") for stored in adapters):
-        hints.transposed = wrong | square
+        alike = _CONV1D | {name.rpartition(".")[2] for name in wrong}
+        hints.transposed = wrong | {name for name in square if name.rpartition(".")[2] in alike}
     return bool(hints.transposed) or any(site.name in hints.inputs for site in everything)
 
 
-def _map(
-    checkpoint: Checkpoint, adapters: Sequence[Stored], root: nn.Module, named: Mapping[str, str], *, check_base: bool
-) -> None:
-    """Give the modules that adapters hang on their weights, mapped.
+def _occupy(root: nn.Module) -> None:
+    """Let every weight be a stand-in: of its shape, on the CPU, and without memory."""
+    for module in root.modules():
+        for held in (module._parameters, module._buffers):
+            for name, value in list(held.items()):
+                if value is not None:
+                    put(module, name, stand_in(value.dtype, value.shape))
 
-    The base is looked at a site at a time, and what was looked at is mapped anew: whole pages come with a few numbers.
+
+def stand_in(dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
+    """A tensor that takes the memory of one number; NaN where there is one, so that nobody takes it for a weight."""
+    one = torch.full((), float("nan"), dtype=dtype) if dtype.is_floating_point else torch.zeros((), dtype=dtype)
+    return one.expand(tuple(shape))
+
+
+def _look_at_base(
+    checkpoint: Checkpoint, stored: Stored, root: nn.Module, named: Mapping[str, str], *, check_base: bool
+) -> None:
+    """Compare the base with the one it was trained on; let it see the weights that its initial values are taken from.
+
+    A site at a time: each tensor that is mapped is an open file, and whole pages come with a few numbers.
     """
-    everything = walk(root)
-    for stored in adapters:
-        wrong = []
-        for site in storage.match(stored, everything, check_base=False)[0]:
-            own = {n: k for n in site.module._parameters if (k := named.get(site.full_name(n))) is not None}
-            for again in range(2 if check_base and stored.base is not None else 1):
-                if again:
-                    wrong += differing(stored.base or {}, {site.name: site})
-                for name, key in own.items():
-                    put(root, site.full_name(name), checkpoint.tensor(key))
-        storage.refuse_base(stored, wrong)
+    started = stored.base is None and getattr(stored.config, "init", None) in leading.INITS
+    wrong = []
+    for site in storage.match(stored, walk(root), check_base=False)[0]:
+        own = {site.full_name(n): k for n in site.module._parameters if (k := named.get(site.full_name(n))) is not None}
+        if not (started or (check_base and stored.base is not None)):
+            continue
+        for name, key in own.items():
+            put(root, name, checkpoint.tensor(key))
+        if check_base and stored.base is not None:
+            wrong += differing(stored.base, {site.name: site})
+        for name, key in own.items() if not started else ():
+            put(root, name, stand_in(checkpoint.dtype(key), checkpoint.shape(key)))
+    storage.refuse_base(stored, wrong)
 
 
 def put(root: nn.Module, name: str, value: Tensor) -> Tensor:

@@ -19,16 +19,17 @@ from torch import Tensor
 
 from peftkit import ledger, merging, storage
 from peftkit.checkpoints.files import Checkpoint, Place, open_checkpoint
-from peftkit.checkpoints.fitting import Fitted, fit, put
-from peftkit.checkpoints.output import GrowingFile, growing
-from peftkit.checkpoints.side_files import copy_side_files, write_index
-from peftkit.checkpoints.ties import check_ties
+from peftkit.checkpoints.fitting import Fitted, fit, put, stand_in
+from peftkit.checkpoints.output import GrowingFile, Useless, growing
+from peftkit.checkpoints.side_files import copy_side_files, side_files, write_index
 from peftkit.checkpoints.weighting import Folder, Weighted, weighted
 from peftkit.merging import Job
 from peftkit.method import NotMergeable
 from peftkit.storage import StorageError, layout, tensorfile
 
 _PIECE = 16 << 20  # bytes copied at once
+_PACKED = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8)
+_VERSION = 1  # of what a merge computes: what an earlier one has half written is not gone on with by a later one
 Progress = Callable[[int, int], None]
 
 
@@ -64,7 +65,7 @@ def merge_checkpoint(
     The weights are, bit for bit, what `load` and `merge(model, keep_base=False)` make of the model that the files hold; with
     `dtype`, of the model in the wider of both dtypes, cast afterwards. Weights other than 1 scale an adapter's change,
     `W + Σ wᵢ ΔWᵢ(W)`, in fp32 or wider. Tokenizer, config and other small files are copied. At every moment `out` is what
-    it was or whole; where the writing stops in its middle, the same call goes on from there.
+    it was or whole; where the writing stops in its middle, the same call goes on from there, if no file has changed.
 
     Memory: the adapters, and at most six times the largest tensor.
 
@@ -74,7 +75,7 @@ def merge_checkpoint(
         out: directory to write.
         dtype: of all floating-point tensors; None keeps the base's. Those of 8 bits stay as they are.
         check_base: as in `load`.
-        overwrite: replace `out`, if it is a directory of weights.
+        overwrite: replace `out`, if it holds weights and nothing that would be lost.
         progress: True for a bar, or what to call with the bytes done and all bytes.
 
     Raises:
@@ -86,9 +87,9 @@ def merge_checkpoint(
     check_dtype(dtype)
     folders = weighted(adapters)
     checkpoint = open_checkpoint(base)
-    if os.path.realpath(out) == os.path.realpath(base):
-        raise StorageError(f"{out} is the base itself; write to another directory, and move it there afterwards")
+    _check_dtype_fits(checkpoint, dtype)
     stored = [storage.read(folder) for folder, _ in folders]
+    _check_apart(Path(out), [checkpoint.path, *(one.path for one in stored)])
     for one in stored:
         if not one.config.mergeable:
             raise NotMergeable(
@@ -98,9 +99,16 @@ def merge_checkpoint(
     plan = _Plan.of(checkpoint, fitted, [w for _, w in folders], dtype)
     total = sum(s.bytes for s in plan.shards)
     done = 0
-    name = _name(checkpoint, [one.path for one in stored], folders, dtype)
-    with _reporting(progress) as report, growing(Path(out), name, overwrite=overwrite) as fresh:
-        _check_space(fresh, total)
+    beside = side_files(checkpoint.path)
+    names = (
+        {s.name for s in plan.shards}
+        | {path.parts[0] for path in beside}
+        | {n for n, _ in [checkpoint.index or ("", {})]}
+    )
+    inputs = [one.path for one in stored], [w for _, w in folders], dtype
+    name = _name(checkpoint, *inputs)
+    with _reporting(progress) as report, growing(Path(out), name, names, overwrite=overwrite) as fresh:
+        _check_space(fresh, total + sum((checkpoint.path / path).stat().st_size for path in beside))
         for shard in plan.shards:
             with GrowingFile(fresh / shard.name, shard.header, shard.bytes) as file:
                 for end, item in zip(itertools.accumulate(i.bytes for i in shard.items), shard.items, strict=True):
@@ -112,7 +120,11 @@ def merge_checkpoint(
                     report(done + end, total)
             done += shard.bytes
         write_index(checkpoint, fresh, {i.key: (s.name, i.bytes) for s in plan.shards for i in s.items})
-        copy_side_files(checkpoint.path, fresh, dtype)
+        copy_side_files(checkpoint.path, beside, fresh, dtype)
+        if _name(checkpoint, *inputs) != name:
+            raise Useless(
+                f"files of {checkpoint.path} or of an adapter were changed while they were merged; merge again"
+            )
     changed = [i.key for s in plan.shards for i in s.items if i.jobs and i.place is not None]
     added = [i.key for s in plan.shards for i in s.items if i.place is None]
     return Merged(Path(out), changed, added, total)
@@ -126,6 +138,26 @@ def check_dtype(dtype: object) -> None:
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
         raise ValueError(f"dtype: a floating-point dtype of 16 bits or more, such as torch.bfloat16, not {dtype!r}")
+
+
+def _check_dtype_fits(checkpoint: Checkpoint, dtype: torch.dtype | None) -> None:
+    """Refuse to cast what belongs to packed weights, such as their scales."""
+    packed = next((k for k, (_, e) in checkpoint.places.items() if e.dtype in _PACKED and len(e.shape) == 2), None)
+    if dtype is not None and packed is not None:
+        raise StorageError(
+            f"{checkpoint.path} is quantised ({packed} is {checkpoint.dtype(packed)}), and its scales are not to be cast; "
+            "leave dtype= away"
+        )
+
+
+def _check_apart(out: Path, inputs: Sequence[Path]) -> None:
+    """Refuse to write where something is read from: it may be replaced as a whole."""
+    target = Path(os.path.realpath(out))
+    for path in inputs:
+        read = Path(os.path.realpath(path))
+        if target == read or target in read.parents or read in target.parents:
+            how = "is" if target == read else "lies in" if read in target.parents else "holds"
+            raise StorageError(f"{out} {how} {path}, which is read; write to a directory beside it")
 
 
 # -- what is to be written -----------------------------------------------------------------------------------------------
@@ -208,7 +240,7 @@ class _Plan:
         del own
         held = put(self.fitted.root, item.name, target)
         merging.fold([j for j, *_ in item.jobs], item.jobs[0][1], held, [w for *_, w in item.jobs])
-        put(self.fitted.root, item.name, torch.empty(tuple(item.shape), dtype=wide, device="meta"))
+        put(self.fitted.root, item.name, stand_in(wide, item.shape))
         return held.detach()
 
 
@@ -223,7 +255,7 @@ def _jobs(checkpoint: Checkpoint, fitted: Fitted, weights: Sequence[float]) -> d
     for a in attachments:
         for where, adapter in a.adapters.items():
             for name in adapter.merges:
-                _give(checkpoint, fitted, a.sites[where].full_name(name))
+                _check_number(checkpoint, fitted.keys.get(a.sites[where].full_name(name)))
     whose = {id(x): w for a, w in zip(attachments, weights, strict=True) for x in a.adapters.values()}
     found: dict[str, list[tuple[Job, str, float]]] = {}
     for job in merging.checked(fitted.root, attachments):
@@ -234,28 +266,17 @@ def _jobs(checkpoint: Checkpoint, fitted: Fitted, weights: Sequence[float]) -> d
             )
         for name in adapter.merges:
             found.setdefault(site.full_name(name), []).append((job, name, whose[id(adapter)]))
-    check_ties(checkpoint, fitted, {full: [j[3] for j, *_ in jobs] for full, jobs in found.items()})
     return found
 
 
-def _give(checkpoint: Checkpoint, fitted: Fitted, full: str) -> None:
-    """Let the skeleton have what is to be changed: mapped, and not read yet.
-
-    Raises:
-        NotMergeable: it is packed.
-    """
-    key = fitted.keys.get(full)
-    if key is None:
-        dtype, shape = fitted.added[full]
-        put(fitted.root, full, torch.empty(tuple(shape), dtype=dtype))
-        return
-    dtype = checkpoint.dtype(key)
+def _check_number(checkpoint: Checkpoint, key: str | None) -> None:
+    """Refuse to add to what is packed."""
+    dtype = checkpoint.dtype(key) if key is not None else torch.float32
     if not dtype.is_floating_point or dtype.itemsize < 2:
         raise NotMergeable(
             f"{checkpoint.path}: {key} is packed {dtype}, which nothing can be added to; merge into the checkpoint that it "
             "was made from"
         )
-    put(fitted.root, full, checkpoint.tensor(key))
 
 
 # -- writing -------------------------------------------------------------------------------------------------------------
@@ -268,7 +289,9 @@ def _pieces(value: Tensor, item: _Item) -> Iterator[memoryview]:
         made = piece.to(item.dtype)
         changed = bool(item.jobs) or made is not piece
         if changed and not tensorfile.all_finite(made) and (item.jobs or tensorfile.all_finite(piece)):
-            raise StorageError(f"{item.key} would hold values beyond {item.dtype}; give a wider dtype=")
+            raise Useless(
+                f"{item.key} would hold values beyond {item.dtype}, or NaN; is the base right, or the dtype= too narrow?"
+            )
         raw: Any = made.contiguous().view(torch.uint8).numpy()
         yield memoryview(raw)
 
@@ -281,28 +304,29 @@ def _trim() -> None:
             trim(0)
 
 
-def _check_space(folder: Path, total: int) -> None:
-    there = sum(p.stat().st_size for p in folder.iterdir() if p.is_file())
-    free = shutil.disk_usage(folder).free
+def _check_space(fresh: Path, total: int) -> None:
+    there = sum(p.stat().st_size for p in fresh.iterdir() if p.is_file())
+    free = shutil.disk_usage(fresh).free
     if free < total - there:
+        left = [p.name for p in fresh.parent.glob("*.merge") if p != fresh and p.name.startswith(".")]
+        more = f" (unfinished merges are there too: {', '.join(left)})" if left else ""
         raise StorageError(
-            f"{folder.parent} has {free:,} bytes free, and {total - there:,} are to be written; make room, or "
-            "give another path"
+            f"{fresh.parent} has {free:,} bytes free, and {total - there:,} are to be written{more}; make room, or give "
+            "another path"
         )
 
 
-def _name(checkpoint: Checkpoint, read: Sequence[Path], folders: Sequence[tuple[Path, float]], dtype: object) -> str:
+def _name(checkpoint: Checkpoint, adapters: Sequence[Path], weights: Sequence[float], dtype: object) -> str:
     """The same for the same files and settings, so that a later call finds what an earlier one has left."""
-    found = hashlib.blake2b(digest_size=6)
+    found = hashlib.blake2b(repr((_VERSION, torch.__version__, list(weights), dtype)).encode(), digest_size=6)
     for file, header in checkpoint.files.items():
         at = (checkpoint.path / file).stat()
-        found.update(repr((os.path.realpath(checkpoint.path / file), at.st_size, at.st_mtime_ns)).encode())
+        place = os.path.realpath(checkpoint.path / file)
+        found.update(repr((place, at.st_ino, at.st_size, at.st_mtime_ns, at.st_ctime_ns)).encode())
         found.update(header.raw)
-    for folder, (_, weight) in zip(read, folders, strict=True):
-        found.update(repr(weight).encode())
+    for folder in adapters:
         for file in (layout.CONFIG, layout.TENSORS):
             found.update((folder / file).read_bytes())
-    found.update(repr(dtype).encode())
     return found.hexdigest()
 
 
@@ -313,10 +337,11 @@ def _reporting(progress: bool | Progress) -> Iterator[Progress]:
     elif not progress:
         yield lambda done, total: None
     else:
+        from rich.console import Console
         from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
 
         columns = TextColumn("merging"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
-        with Bar(*columns, transient=True) as bar:
+        with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task("merging", total=None)
             yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -11,94 +11,110 @@ from typing import BinaryIO
 
 from peftkit.storage import StorageError, directory
 
-_MARK = ".peftkit-merge"  # in a directory that grows; what lacks it is finished, or an old target that was exchanged
 _SYNC_BYTES = 256 << 20  # what a power failure may cost
 
 
-@contextlib.contextmanager
-def growing(target: Path, plan: str, *, overwrite: bool) -> Iterator[Path]:
-    """A directory to write into, put in the place of `target` when the block ends well.
+class Useless(StorageError):
+    """What was written so far is of no use to a later call."""
 
-    Where the block raises `OSError` or is killed, what is written stays, and the same `plan` finds it again; after
-    any other error it is removed.
+
+@contextlib.contextmanager
+def growing(target: Path, plan: str, names: set[str], *, overwrite: bool) -> Iterator[Path]:
+    """A directory to write `names` into, put in the place of `target` when the block ends well.
+
+    Where it does not, whatever the reason, what is written stays, and the same `plan` finds it again.
 
     Raises:
-        StorageError: `target` is there, unless with `overwrite` it is a directory of weights or empty; another process is
-            at the same; nothing can be written there.
+        StorageError: `target` is there, unless with `overwrite` it is empty, or holds weights and nothing that the new one
+            has not; another process is at the same; nothing can be written there.
     """
     target = Path(os.path.realpath(target))
-    _check_target(target, overwrite=overwrite)
     fresh = target.with_name(f".{target.name}.{plan}.merge")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        directory.put_back(target)
+        _check_target(target, names, overwrite=overwrite)
         fresh.mkdir(exist_ok=True)
     except OSError as error:
         raise StorageError(f"{target} cannot be written: {error}") from error
     lock = directory.claim(fresh)
-    if lock is None and directory.LOCKS:
+    if lock is None:
         raise StorageError(f"another process is writing {target} from the same files; wait for it, or stop it")
     try:
-        if not (fresh / _MARK).exists():
-            _empty(fresh)
-            (fresh / _MARK).touch()
-        try:
-            yield fresh
-            (fresh / _MARK).unlink()
-            _place(fresh, target, overwrite=overwrite)
-        except OSError as error:
-            raise StorageError(
-                f"{target} is not written yet: {error}. What was done is kept in {fresh}; the same call goes on from there"
-            ) from error
-        except Exception:
-            shutil.rmtree(fresh, ignore_errors=True)
-            raise
-        _remove_others(target)
+        _take_up(fresh)
+        yield fresh
+        _check_target(target, names, overwrite=overwrite)  # it may have come meanwhile
+        _place(fresh, target)
+    except OSError as error:
+        raise StorageError(
+            f"{target} is not written yet: {error}. What was done is kept in {fresh}; the same call goes on from there"
+        ) from error
+    except Useless:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
     finally:
-        if lock is not None:
-            os.close(lock)
+        if not any(fresh.glob("*")) if fresh.exists() else True:  # nothing was done, or it is in place
+            shutil.rmtree(fresh, ignore_errors=True)
+            _mark(fresh).unlink(missing_ok=True)
+        directory.let_go(lock)
+    for left in others(target):
+        directory.remove_unclaimed(left)
+        _mark(left).unlink(missing_ok=True)
 
 
-def _check_target(target: Path, *, overwrite: bool) -> None:
+def others(target: Path) -> list[Path]:
+    """What calls for the same target, with whatever settings, have left beside it."""
+    target = Path(os.path.realpath(target))
+    return sorted(p for p in target.parent.glob(f".{directory.literal(target.name)}.*.merge") if p.is_dir())
+
+
+def _check_target(target: Path, names: set[str], *, overwrite: bool) -> None:
     if not target.exists():
         return
     if not target.is_dir():
         raise StorageError(f"{target} is a file; the weights are written as a directory, so give another path")
-    held = [p.name for p in target.iterdir()]
-    if not held:
-        return
-    if not overwrite:
+    held = sorted(p.name for p in target.iterdir())
+    if held and not overwrite:
         raise StorageError(f"{target} is there already; give another path, or overwrite=True to replace it")
-    if not any(name.endswith(".safetensors") for name in held):
+    if held and not any(name.endswith(".safetensors") for name in held):
         raise StorageError(f"{target} holds no safetensors file, so it is not taken for a model, and is not replaced")
+    for name in held:
+        weights = name.endswith((".safetensors", ".safetensors.index.json")) and not name.startswith("adapter_")
+        if not weights and name not in names:
+            raise StorageError(
+                f"{target} holds {name}, which the new one would not have, and is not replaced, since that would be lost; "
+                "move it away, or give another path"
+            )
 
 
-def _place(fresh: Path, target: Path, *, overwrite: bool) -> None:
+def _mark(fresh: Path) -> Path:
+    """Names the directory that grows: once exchanged, what has its path is another one, the old target."""
+    return fresh.with_name(fresh.name + ".mark")
+
+
+def _take_up(fresh: Path) -> None:
+    """Empty the directory, unless it is one that grew."""
+    mark, own = _mark(fresh), str(fresh.stat().st_ino)
+    if not mark.exists() or mark.read_text() != own:
+        for path in fresh.iterdir():
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        mark.write_text(own)
+
+
+def _place(fresh: Path, target: Path) -> None:
     for path in fresh.rglob("*"):
         if path.is_file() and path.suffix != ".safetensors":  # those were synced as they were finished
             directory.sync(path)
     directory.sync(fresh)
-    _check_target(target, overwrite=overwrite)  # it may have come meanwhile
     if target.exists():
         fresh.chmod(target.stat().st_mode & 0o7777)
-        directory.exchange(fresh, target)
-    else:
-        os.rename(fresh, target)
+    try:
+        directory.put_in_place(fresh, target, "write to")
+    except StorageError as error:
+        raise StorageError(f"{error}. What was done is kept in {fresh}") from error
+    _mark(fresh).unlink()
     directory.sync(target.parent)
     shutil.rmtree(fresh, ignore_errors=True)  # once exchanged, it is the old one
-
-
-def _remove_others(target: Path) -> None:
-    """What other plans for the same target have left."""
-    for left in target.parent.glob(f".{directory.literal(target.name)}.*.merge"):
-        lock = directory.claim(left)
-        if lock is not None:
-            shutil.rmtree(left, ignore_errors=True)
-            os.close(lock)
-
-
-def _empty(folder: Path) -> None:
-    for path in folder.iterdir():
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 class GrowingFile:

@@ -3,75 +3,68 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
+import torch
 from torch import nn
 
+from peftkit import ledger
+from peftkit.also_train import TokenRows
 from peftkit.checkpoints.files import Checkpoint
-from peftkit.checkpoints.fitting import Fitted
 from peftkit.method import Adapter, NotMergeable
 
 _WITH_HEAD = re.compile(r".*(ForCausalLM|LMHeadModel|ForMaskedLM|ForConditionalGeneration|ForPreTraining)")
+_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "shared", "embed_in")
+_HEADS = re.compile(r"(^|\.)(lm_head|embed_out|proj_out|output_projection|output|decoder|vocab_projector)\.weight")
 _UNTIED = (
     "; give the head a weight of its own in the base first, and have its config.json say tie_word_embeddings: false"
 )
 
 
-def check_ties(checkpoint: Checkpoint, fitted: Fitted, changed: Mapping[str, Sequence[Adapter]]) -> None:
+def check_ties(
+    checkpoint: Checkpoint, root: nn.Module, keys: Mapping[str, str], added: Mapping[str, tuple[Any, Sequence[int]]]
+) -> None:
     """Refuse to change an embedding that is the output head as well, or to add a head that the model would tie away.
 
-    Only a change that the adapters make of both, as with rows of a vocabulary, is right for both.
+    Rows of a vocabulary alone are right for both, since a model that ties them trains them in both.
 
     Raises:
         NotMergeable: naming the weight.
     """
-    for name in fitted.added:
-        rows = fitted.added[name][1][0] if fitted.added[name][1] else 0
-        if name.endswith("lm_head.weight") and (_says_tied(checkpoint) or _embedding_of(checkpoint, rows)):
+    for name, (_, shape) in added.items():
+        tables = [k for k, (_, e) in checkpoint.places.items() if len(e.shape) == 2 and list(e.shape) == list(shape)]
+        if name.endswith("lm_head.weight") and any(_tied(checkpoint, key) for key in tables):
             raise NotMergeable(
                 f"{checkpoint.path} ties its head to its embedding, and the adapter has one of its own{_UNTIED}"
             )
-    for name, adapters in changed.items():
-        module = fitted.root.get_submodule(name.rpartition(".")[0])
-        if not isinstance(module, nn.Embedding) and not _is_embedding(name):
+    for name, adapter in _changed(root):
+        module = root.get_submodule(name.rpartition(".")[0])
+        last = name.rpartition(".")[0].rpartition(".")[2]
+        if name not in keys or isinstance(adapter, TokenRows):
             continue
-        if name not in fitted.keys or all(a.replaces and a.merges == ("weight",) for a in adapters):
-            continue
-        if _tied(checkpoint, fitted.keys[name]):
+        if (isinstance(module, nn.Embedding) or last in _EMBEDDINGS) and _tied(checkpoint, keys[name]):
             raise NotMergeable(
-                f"{checkpoint.path} ties its head to {fitted.keys[name]}, so merging would change both{_UNTIED}"
+                f"{checkpoint.path} ties its head to {keys[name]}, so merging would change both{_UNTIED}"
             )
 
 
-def _is_embedding(name: str) -> bool:
-    return name.rpartition(".")[0].rpartition(".")[2] in (
-        "embed_tokens",
-        "wte",
-        "word_embeddings",
-        "shared",
-        "embed_in",
-    )
-
-
-def _says_tied(checkpoint: Checkpoint) -> bool | None:
-    for config in (checkpoint.config, checkpoint.config.get("text_config")):
-        if isinstance(config, dict) and isinstance(config.get("tie_word_embeddings"), bool):
-            return config["tie_word_embeddings"]
-    return None
+def _changed(root: nn.Module) -> Iterator[tuple[str, Adapter]]:
+    for attachment in ledger.require(root)[1].attachments.values():
+        for where, adapter in attachment.adapters.items():
+            for name in adapter.merges:
+                yield attachment.sites[where].full_name(name), adapter
 
 
 def _tied(checkpoint: Checkpoint, key: str) -> bool:
-    said, kinds = _says_tied(checkpoint), checkpoint.config.get("architectures") or []
-    with_head = any(isinstance(kind, str) and _WITH_HEAD.fullmatch(kind) for kind in kinds)
-    if said is not None:
-        return said and (with_head or not kinds)
-    rows = checkpoint.shape(key)[0]
-    others = (e for k, (_, e) in checkpoint.places.items() if k != key and len(e.shape) == 2)
-    return with_head and not any(e.shape[0] == rows for e in others)  # a head, and no weight but this that could be its
-
-
-def _embedding_of(checkpoint: Checkpoint, rows: int) -> bool:
+    """Whether this embedding is the head as well: as the config says, else by the class's name and a head's own weight."""
     kinds = checkpoint.config.get("architectures") or []
-    return any(isinstance(k, str) and _WITH_HEAD.fullmatch(k) for k in kinds) and any(
-        len(e.shape) == 2 and e.shape[0] == rows for _, e in checkpoint.places.values()
-    )
+    with_head = any(isinstance(kind, str) and _WITH_HEAD.fullmatch(kind) for kind in kinds)
+    for config in (checkpoint.config, checkpoint.config.get("text_config")):
+        if isinstance(config, dict) and isinstance(config.get("tie_word_embeddings"), bool):
+            return config["tie_word_embeddings"] and (with_head or not kinds)
+    heads = [
+        k for k in checkpoint.places if k != key and _HEADS.search(k) and checkpoint.shape(k) == checkpoint.shape(key)
+    ]
+    # a head that is the embedding, number by number, was written twice
+    return with_head and not any(not torch.equal(checkpoint.tensor(k), checkpoint.tensor(key)) for k in heads)

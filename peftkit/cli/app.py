@@ -91,6 +91,9 @@ def verify(
 
     Example: peftkit verify adapter --base base
     """
+    for folder in (adapter, base):
+        if not folder.is_dir():
+            raise ValueError(f"{folder} is no directory")
     try:
         found = peftkit.verify(adapter, base)
     except peftkit.StorageError as error:

@@ -21,7 +21,6 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
-LOCKS = fcntl is not None  # whether directories can be locked here
 _YOUNG = 10.0  # seconds within which another process may not have locked its directory yet
 
 
@@ -41,6 +40,7 @@ def replacing(target: Path) -> Iterator[Path]:
     fresh = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.new")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        put_back(target)
         _remove_abandoned(target)
         fresh.mkdir()
     except OSError as error:
@@ -58,15 +58,21 @@ def replacing(target: Path) -> Iterator[Path]:
             if file.is_file() and not file.is_symlink():
                 sync(file)
         sync(fresh)
-        _put_in_place(fresh, target)
+        put_in_place(fresh, target, "save to")
+        if fresh.exists():  # the old one
+            _carry_over(fresh, target)  # what came in meanwhile
         sync(target.parent)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)  # once exchanged, it is the old one
-        if lock is not None:
-            os.close(lock)
+        let_go(lock)
 
 
-def _put_in_place(fresh: Path, target: Path) -> None:
+def put_in_place(fresh: Path, target: Path, verb: str) -> None:
+    """Give the directory `fresh` the name `target`, and what was there the name of `fresh`.
+
+    Raises:
+        StorageError: another directory cannot have that name; `verb` is how one would do it elsewhere.
+    """
     if not target.exists():
         os.rename(fresh, target)
         return
@@ -75,11 +81,19 @@ def _put_in_place(fresh: Path, target: Path) -> None:
         exchange(fresh, target)
     except OSError as error:
         raise StorageError(
-            f"{target} cannot be replaced: {error}. It may be a mount point; save to a directory inside it"
+            f"{target} cannot be replaced: {error}. It may be a mount point; {verb} a directory inside it"
         ) from error
     if here is not None and Path(here).is_dir() and (Path(here) == target or target in Path(here).parents):
         os.chdir(here)  # the directory of that name now, not the one that is about to go
-    _carry_over(fresh, target)  # what came in meanwhile
+
+
+def put_back(target: Path) -> None:
+    """Give `target` its name again where an exchange in three steps was killed after the first."""
+    for aside in target.parent.glob(f".{literal(target.name)}.*.old"):
+        if not target.exists():
+            os.rename(aside, target)
+        else:
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def _working_directory() -> str | None:
@@ -130,19 +144,29 @@ def exchange(a: Path, b: Path) -> None:
 
 
 def claim(directory: Path) -> int | None:
-    """Held until its process ends, however it ends, so that others can tell an abandoned directory."""
+    """Hold a directory until this process ends, however it ends, so that others can tell one that is abandoned.
+
+    Returns:
+        What to close when it is let go; -1 where the file system knows no locks; None where another process holds it.
+    """
     if fcntl is None:
-        return None
+        return -1
     try:
         fd = os.open(directory, os.O_RDONLY)
     except OSError:  # gone meanwhile
         return None
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except OSError as error:
         os.close(fd)
-        return None
+        return None if error.errno in (errno.EWOULDBLOCK, errno.EACCES) else -1
     return fd
+
+
+def let_go(lock: int | None) -> None:
+    """The inverse of `claim`."""
+    if lock is not None and lock >= 0:
+        os.close(lock)
 
 
 def _remove_abandoned(target: Path) -> None:
@@ -153,10 +177,15 @@ def _remove_abandoned(target: Path) -> None:
         with contextlib.suppress(OSError):
             if time.time() - left.stat().st_mtime < _YOUNG:
                 continue
-        lock = claim(left)
-        if lock is not None:
-            shutil.rmtree(left, ignore_errors=True)
-            os.close(lock)
+        remove_unclaimed(left)
+
+
+def remove_unclaimed(left: Path) -> None:
+    """Remove a directory, if it is known that nobody holds it."""
+    lock = claim(left)
+    if lock is not None and lock >= 0:
+        shutil.rmtree(left, ignore_errors=True)
+        os.close(lock)
 
 
 def literal(name: str) -> str:
@@ -168,7 +197,7 @@ def sync(path: Path) -> None:
     """Have the disk hold what the file or directory does."""
     if path.is_dir() and sys.platform == "win32":
         return
-    fd = os.open(path, os.O_RDONLY)
+    fd = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:
