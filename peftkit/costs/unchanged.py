@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import numpy as np
@@ -37,6 +37,22 @@ def unchanged(model: nn.Module) -> Iterator[None]:
                 for tensor, value in values.values():
                     if not torch.equal(tensor, value):
                         tensor.copy_(value)
+
+
+@contextmanager
+def without_hooks(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Hooks of the parameters themselves are not called: some step an optimizer, and write to the parameter.
+
+    `torch.autograd.grad` calls those of `register_hook` on what it differentiates for.
+    """
+    held = [(p, p._backward_hooks, p._post_accumulate_grad_hooks) for p in {id(p): p for p in parameters}.values()]
+    try:
+        for p, *_ in held:
+            p._backward_hooks = p._post_accumulate_grad_hooks = None
+        yield
+    finally:
+        for p, of_backward, of_accumulation in held:  # the same dicts, which the handles of the hooks refer to
+            p._backward_hooks, p._post_accumulate_grad_hooks = of_backward, of_accumulation
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from peftkit.costs.figures import BASE, Comparison, Cost
 from peftkit.costs.flops import count_flops
 from peftkit.costs.latency import Times, median, time_forwards
 from peftkit.costs.memory import MakeOptimizer, bytes_of, optimizer_bytes, saved_bytes, stored_bytes
-from peftkit.costs.unchanged import generators_kept, unchanged
+from peftkit.costs.unchanged import generators_kept, unchanged, without_hooks
 from peftkit.ledger import Ledger
 from peftkit.method import Config
 from peftkit.storage import StorageError
@@ -35,8 +35,9 @@ def cost(
     """What `model` costs with the adapters that act; without any, what full fine-tuning costs.
 
     The model is afterwards as it was: parameters and their `.grad`, buffers, modes, random generators; also when
-    something raises. What trains is measured in train mode (a model in train mode is taken as it is, with modules that are
-    in eval mode), and what is timed in eval mode. An autocast block around the call holds for all of it.
+    something raises. Hooks of parameters are not called. What trains is measured in train mode (a model in train mode is
+    taken as it is, with modules that are in eval mode), and what is timed in eval mode. An autocast block around the call
+    holds for all of it.
 
     Args:
         batch: what to call the model with: a mapping, `model(**batch)`, a tuple, `model(*batch)`, or a tensor.
@@ -111,7 +112,12 @@ def _measured(
     _check(model, record)
     adapters = _of_adapters(record)
     notes: dict[str, str] = {}
-    with unchanged(model), torch.inference_mode(False), torch.enable_grad():
+    with (
+        unchanged(model),
+        without_hooks([*model.parameters(), *adapters]),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+    ):
         if not model.training:
             model.train()
         trained = [p for p in model.parameters() if p.requires_grad]
