@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -14,6 +13,7 @@ from peftkit.graft import original_class
 from peftkit.kernels import choice
 from peftkit.ledger import Ledger
 from peftkit.method import own_parameters
+from peftkit.printing import printed
 from peftkit.sites import Site, base_parameters, starred, walk
 
 if TYPE_CHECKING:
@@ -73,12 +73,8 @@ class Report:
         return list(dict.fromkeys(r.site for r in self.rows))
 
     def __str__(self) -> str:
-        from rich.console import Console
-
-        out = io.StringIO()
         longest = max((len(name) for name, *_ in self._grouped()), default=0)
-        Console(file=out, width=max(100, min(160, 80 + longest))).print(self)
-        return out.getvalue().rstrip()
+        return printed(self, max(100, min(160, 80 + longest)))
 
     def __rich__(self) -> Table:
         from rich.table import Table  # a table is seldom asked for; importing it costs more than this package

@@ -86,18 +86,18 @@ def test_the_model_is_as_it_was(config, training):
         peftkit.inject(model, config)
     before, acting = state(model), peftkit.active(model)
     batch = {"ids": torch.arange(8), "scale": 2.0}
-    peftkit.cost(model, batch, seconds=0.02)
+    peftkit.cost(model, batch, seconds=0.001)
     assert_same(before, state(model))
     assert peftkit.active(model) == acting and model.calls == 0
     calls = []
     model.register_forward_hook(lambda *_: calls.append(1))
-    peftkit.cost(model, batch, seconds=0.02)
+    peftkit.cost(model, batch, seconds=0.001)
     handle = state(model)
     for fails_at in range(1, 1 + (config is not None) * 2 + 3):  # in the counting, the saving, the base, the timing
         model.fails_at = fails_at
         before = {**handle, "attributes": state(model)["attributes"]}
         with pytest.raises(ArithmeticError):
-            peftkit.cost(model, batch, seconds=0.02)
+            peftkit.cost(model, batch, seconds=0.001)
         assert_same(before, state(model))
 
 
@@ -116,6 +116,34 @@ def test_a_failure_while_merged_unmerges():
     assert_same(before, state(model))
     handle.remove()
     peftkit.merge(model)  # nothing is left half merged
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("config", [None, LoRAConfig(r=1, targets="all-linear")])
+def test_hooks_that_step_in_backward_are_not_called(config, fails):
+    """Those of `register_hook` are, by torch.autograd.grad; adapters freeze parameters that have some."""
+    model, called = models.linear(), []
+    if config is not None:
+        peftkit.inject(model, config)
+        model[0].weight.requires_grad_()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    handles = [p.register_hook(lambda g, p=p: called.append(p.data.sub_(g))) for p in trained]
+    handles += [p.register_post_accumulate_grad_hook(lambda p: called.append(p)) for p in trained]
+    before = state(model)
+    if fails:
+        with pytest.raises(ArithmeticError):
+            peftkit.cost(model, X, loss=lambda y: 1 / 0, seconds=0)
+    else:
+        peftkit.cost(model, X, seconds=0)
+    assert_same(before, state(model))
+    assert called == []
+    model(X).sum().backward()
+    assert len(called) == 2 * len(trained)
+    called.clear()
+    for handle in handles:
+        handle.remove()
+    model(X).sum().backward()
+    assert called == []
 
 
 def test_the_batch_and_its_gradients_stay():

@@ -26,6 +26,18 @@ from peftkit.testing.models import output
 EXAMPLES = {f"{name}-{i}": c for name, cls in registered().items() for i, c in enumerate(cls.examples())}
 
 
+def _fits(config: peftkit.Config) -> bool:
+    try:
+        peftkit.inject(models.linear(), config)
+    except ValueError:
+        return False
+    return True
+
+
+ON_LINEARS = [name for name, config in EXAMPLES.items() if _fits(config)]
+ON_BLOCKS = [name for name in EXAMPLES if name not in ON_LINEARS]  # and a Linear says nothing of them
+
+
 def counted(model: nn.Module, x: Tensor) -> peftkit.Cost:
     return peftkit.cost(model, x, seconds=0)
 
@@ -90,8 +102,9 @@ def eager(kind: str) -> nn.Module:
 @pytest.mark.parametrize(
     ("kind", "method"),
     [
-        *product(["linear", "convolutions"], EXAMPLES),
-        *product(["llama"], [m for m in EXAMPLES if m.endswith("-0")]),
+        *product(["linear"], ON_LINEARS),
+        *product(["convolutions"], [m for m in ON_LINEARS if m.endswith("-0")]),
+        *product(["llama"], ["lora-0", "dora-0", *(m for m in ON_BLOCKS if m.endswith("-0"))]),
         ("bert", "lora-0"),
         ("gpt2", "lora-0"),
     ],
@@ -268,13 +281,35 @@ def test_optimizer_bytes_are_those_of_a_real_one(make, dtype):
     )
 
 
+def test_an_optimizer_of_the_parameters_themselves_is_refused():
+    """Without gradients it would have no state, and with them its step would change them."""
+    model = models.linear()
+    peftkit.inject(model, LoRAConfig(r=2, targets="all-linear"))
+    for p in peftkit.parameters(model):
+        p.grad = torch.ones_like(p)
+    before = [p.detach().clone() for p in model.parameters()]
+    for make in (
+        lambda ps: torch.optim.AdamW(peftkit.param_groups(model, lr=1e-3, ratio=16)),
+        lambda ps: torch.optim.AdamW([{"params": ps}, {"params": [model[0].weight]}]),
+    ):
+        with pytest.raises(ValueError, match="AdamW is of other parameters than those in the list.*LoRA\\+'s do"):
+            peftkit.cost(model, torch.randn(3, 6), optimizer=make, seconds=0)
+    assert all(map(torch.equal, before, model.parameters()))
+    real = torch.optim.AdamW(peftkit.param_groups(model, lr=1e-3, ratio=16))  # LoRA+ has the state of AdamW
+    real.step()
+    states = real.state_dict()["state"].values()
+    size = sum(t.numel() * t.element_size() for s in states for t in s.values())
+    assert size == counted(model, torch.randn(3, 6)).optimizer_bytes
+
+
 def test_optimizer_bytes_take_no_memory():
     huge = nn.Parameter(torch.empty(1, dtype=torch.bfloat16).expand(10**12))
     assert optimizer_bytes([huge], torch.optim.AdamW) == 4 * 10**12 + 4
 
 
-@pytest.mark.parametrize("kind", ["linear", "llama"])
-@pytest.mark.parametrize("method", EXAMPLES)
+@pytest.mark.parametrize(
+    ("kind", "method"), [*product(["linear"], ON_LINEARS), *product(["llama"], ["lora-0", *ON_BLOCKS])]
+)
 def test_bytes_on_disk_are_those_of_the_file(kind, method, tmp_path):
     model = getattr(models, kind)()
     try:

@@ -23,7 +23,7 @@ class Clock:
     """Seconds pass when a model is called."""
 
     def __init__(self) -> None:
-        self.now = 0.0
+        self.now, self.kinds = 0.0, []  # of the calls, which a model would not remember
 
     def perf_counter(self) -> float:
         return self.now
@@ -34,12 +34,12 @@ class Slow(nn.Module):
 
     def __init__(self, clock: Clock) -> None:
         super().__init__()
-        self.inner, self.clock, self.kinds = models.linear(), clock, []
+        self.inner, self.clock = models.linear(), clock
 
     def forward(self, x: Tensor) -> Tensor:
         merged = (found := ledger.find(self)) is not None and bool(found[1].merged)
         acting = bool(peftkit.active(self)) and not merged
-        self.kinds.append("merged" if merged else "acting" if acting else "base")
+        self.clock.kinds.append("merged" if merged else "acting" if acting else "base")
         self.clock.now += (1.5 if acting else 1.1 if merged else 1.0) * (1 + self.clock.now / 1e6)
         return self.inner(x)
 
@@ -66,8 +66,8 @@ def test_latency_is_over_the_base(clock):
 def test_kinds_take_turns_within_the_budget(clock, seconds):
     model = Slow(clock)
     peftkit.inject(model, LoRAConfig(r=1, targets="all-linear"))
-    x, kinds = torch.randn(3, 6), model.kinds
-    times = latency.time_forwards(model, lambda: model(x), seconds)
+    x, kinds = torch.randn(3, 6), clock.kinds
+    times = latency.time_forwards(model, lambda: lambda: model(x), seconds)
     in_a_row = len(times.base[0])
     first = ["acting"] * 2 + ["base"] + ["base", "acting"] * in_a_row + ["merged"] * (in_a_row + 1) + ["acting"]
     assert kinds[: len(first)] == first
@@ -91,7 +91,7 @@ def test_what_cannot_be_merged_says_why(clock):
     assert found.added_latency == pytest.approx(0.5, rel=1e-3)
     assert found.merged_seconds is found.added_latency_merged is None
     assert found.notes["added_latency_merged"].startswith("not mergeable: ")
-    assert set(model.kinds) == {"base", "acting"}
+    assert set(clock.kinds) == {"base", "acting"}
 
 
 def test_without_adapters_there_is_the_base_alone(clock):
@@ -166,9 +166,13 @@ def test_the_cost_has_the_energy_of_forward_and_backward(rapl):
         drawn += 500_000
         rapl.zone("intel-rapl:0", "package-0", drawn, 2**60)
 
+    def draw_in_both(module: nn.Module, args: tuple[Tensor], y: Tensor) -> None:
+        draw()
+        if y.requires_grad:
+            y.register_hook(draw)
+
     rapl.zone("intel-rapl:0", "package-0", 0, 2**60)
-    model.register_forward_hook(draw)
-    model[0].weight.register_hook(draw)
+    model.register_forward_hook(draw_in_both)
     found = peftkit.cost(model, torch.randn(3, 6), seconds=0.01)
     assert found.joules == pytest.approx(1.0) and "joules" not in found.notes
     assert "1.00 J" in str(found)

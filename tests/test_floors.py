@@ -19,6 +19,7 @@ FLOORS = {
     "peftkit.dtypes": 0,
     "peftkit.eval_mode": 0,
     "peftkit.graft": 0,
+    "peftkit.printing": 0,
     "peftkit.reading": 0,
     "peftkit.hosts": 1,
     "peftkit.method": 1,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from peftkit.printing import printed
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -95,12 +96,3 @@ class Approximation:
             more = f" and {len(self.left_out) - _SHOWN} more" if len(self.left_out) > _SHOWN else ""
             lines.append(f"{len(self.left_out)} tensors differ and are not in the adapter: {names}{more}")
         return "\n".join(lines)
-
-
-def printed(table: Any) -> str:
-    """What can be shown by rich, as text."""
-    from rich.console import Console
-
-    out = io.StringIO()
-    Console(file=out, width=120).print(table)
-    return out.getvalue().rstrip()

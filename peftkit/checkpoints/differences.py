@@ -14,10 +14,10 @@ from torch import Tensor
 
 from peftkit import storage
 from peftkit.checkpoints import lowrank
-from peftkit.checkpoints.approximation import printed
 from peftkit.checkpoints.files import open_checkpoint
 from peftkit.checkpoints.implied import Pair, implied
 from peftkit.methods.lora import LoRAConfig
+from peftkit.printing import printed
 from peftkit.storage import Stored, layout
 from peftkit.storage.config import meaning
 from peftkit.storage.fingerprint import disagreeing

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from peftkit import storage
 from peftkit.checkpoints import lowrank
-from peftkit.checkpoints.approximation import printed
 from peftkit.checkpoints.implied import implied
 from peftkit.checkpoints.weighting import Folder
+from peftkit.printing import printed
 from peftkit.storage import StorageError, Stored, layout
 from peftkit.storage.config import to_json
 

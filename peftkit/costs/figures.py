@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
@@ -10,6 +9,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peftkit.costs.plot import Panel, draw
+from peftkit.printing import printed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -76,7 +76,7 @@ class Cost:
         return _drawn({BASE: self.base, self.label: self} if self.base else {self.label: self}, where)
 
     def __str__(self) -> str:
-        return _printed(self)
+        return printed(self, 100)
 
     def __rich__(self) -> Table:
         from rich.table import Table
@@ -125,7 +125,7 @@ class Comparison(Mapping[str, Cost]):
         return _drawn(self.costs, where)
 
     def __str__(self) -> str:
-        return _printed(self)
+        return printed(self, 150)
 
     def __rich__(self) -> Table:
         from rich.table import Table
@@ -226,11 +226,3 @@ def _drawn(costs: Mapping[str, Cost], where: str | os.PathLike[str] | Figure | N
         for q in _known(costs)
     ]
     return draw(list(costs), panels, where)
-
-
-def _printed(what: Cost | Comparison) -> str:
-    from rich.console import Console
-
-    out = io.StringIO()
-    Console(file=out, width=150 if isinstance(what, Comparison) else 100).print(what)
-    return "\n".join(line.rstrip() for line in out.getvalue().rstrip().splitlines())

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from peftkit import api
 from peftkit.eval_mode import evaluating
@@ -48,13 +49,14 @@ def median(rounds: list[list[float]]) -> float | None:
 
 
 @torch.no_grad()
-def time_forwards(model: nn.Module, run: Callable[[], Any], seconds: float) -> Times:
-    """Times in eval mode: in each round base and acting by turns, then merged, so that a slow moment meets all of them.
+def time_forwards(model: nn.Module, prepared: Callable[[], Callable[[], Any]], seconds: float) -> Times:
+    """Times in eval mode of the calls that `prepared` makes: in each round base and acting by turns, then merged, so that a
+    slow moment meets all of them.
 
     Merging goes both ways in every round, untimed, with a call after it to warm up. At least one round is done, however
     short `seconds` is; a model that was merged has its own bits back. Without adapters there is the base alone.
     """
-    found, timed = Times(), _Clock(model, run)
+    found, timed = Times(), _Clock(model, prepared)
     begun = time.perf_counter()
     adapted = find(model) is not None
     with evaluating(model), _no_collection():
@@ -71,7 +73,9 @@ def time_forwards(model: nn.Module, run: Callable[[], Any], seconds: float) -> T
                 found.base[-1].append(_without(model, timed))
                 found.acting[-1].append(timed())
             if not found.why_not:
-                _merged(model, timed, in_a_row, found)
+                # the weights have their own bits back, so what autograd has saved of them holds
+                with _unsafe_preserve_version_counter(tuple(p for p in model.parameters() if not p.is_inference())):
+                    _merged(model, timed, in_a_row, found)
     return found
 
 
@@ -101,14 +105,15 @@ def _without(model: nn.Module, timed: Callable[[], float]) -> float:
 class _Clock:
     """Seconds of one call, its work on other devices done."""
 
-    def __init__(self, model: nn.Module, run: Callable[[], Any]) -> None:
-        self.run = run
+    def __init__(self, model: nn.Module, prepared: Callable[[], Callable[[], Any]]) -> None:
+        self.prepared = prepared
         self.devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
 
     def __call__(self) -> float:
+        run = self.prepared()
         self.wait()
         start = time.perf_counter()
-        self.run()
+        run()
         self.wait()
         return time.perf_counter() - start
 

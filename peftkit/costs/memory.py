@@ -15,6 +15,10 @@ from peftkit import ledger, storage
 MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
 
 
+class OfOthers(ValueError):
+    """An optimizer that was not made of the parameters it was given."""
+
+
 def bytes_of(tensors: Iterable[Tensor]) -> int:
     """Of their numbers, whatever storage these share with others."""
     return sum(t.numel() * t.element_size() for t in tensors)
@@ -52,11 +56,18 @@ def optimizer_bytes(trained: Sequence[nn.Parameter], make: MakeOptimizer) -> int
 
     The step is taken on stand-ins of the same shapes and dtypes, on the meta device, where they take no memory; where the
     optimizer cannot do that, on zeros on the parameters' own device, one parameter at a time.
+
+    Raises:
+        TypeError: `make` is no function, or makes no optimizer. ValueError: an optimizer of other parameters.
     """
+    if not callable(make):
+        raise TypeError(f"optimizer: a class such as torch.optim.AdamW or a function, not a {type(make).__name__}")
     if not trained:
         return 0
     try:
         return _state_bytes([_stand_in(p, "meta") for p in trained], make)
+    except OfOthers:
+        raise
     except (RuntimeError, NotImplementedError, TypeError, ValueError):
         return sum(_state_bytes([_stand_in(p, p.device)], make) for p in trained)
 
@@ -69,6 +80,15 @@ def _stand_in(p: nn.Parameter, device: torch.device | str) -> nn.Parameter:
 
 def _state_bytes(stand_ins: list[nn.Parameter], make: MakeOptimizer) -> int:
     optimizer = make(stand_ins)
+    if not hasattr(optimizer, "param_groups"):
+        raise TypeError(f"optimizer: made a {type(optimizer).__name__}, which is no optimizer: it has no param_groups")
+    known = {id(p) for p in stand_ins}
+    if any(id(p) not in known for group in optimizer.param_groups for p in group["params"]):
+        raise OfOthers(
+            f"optimizer: the {type(optimizer).__name__} is of other parameters than those in the list that the function is "
+            "given, and a step would change them; make it of that list, as in lambda ps: torch.optim.SGD(ps, momentum=0.9). "
+            "Groups that differ in their learning rates, as LoRA+'s do, have the same state as one"
+        )
     optimizer.step()
     return _tensor_bytes(optimizer.state_dict()["state"])
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from types import MappingProxyType
@@ -12,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from peftkit import api, ledger
-from peftkit.costs.calling import Loss, calling, differentiate, loss_of, trained_in
+from peftkit.costs.calling import Calls, Loss, checked, differentiate
 from peftkit.costs.energy import NotMeasured, energy_of
 from peftkit.costs.figures import BASE, Comparison, Cost
 from peftkit.costs.flops import count_flops
 from peftkit.costs.latency import Times, median, time_forwards
 from peftkit.costs.memory import MakeOptimizer, bytes_of, optimizer_bytes, saved_bytes, stored_bytes
-from peftkit.costs.unchanged import generators_kept, unchanged
+from peftkit.costs.unchanged import generators_kept, unchanged, without_hooks
 from peftkit.ledger import Ledger
 from peftkit.method import Config
 from peftkit.storage import StorageError
@@ -35,22 +36,26 @@ def cost(
     """What `model` costs with the adapters that act; without any, what full fine-tuning costs.
 
     The model is afterwards as it was: parameters and their `.grad`, buffers, modes, random generators; also when
-    something raises. What trains is measured in train mode (a model in train mode is taken as it is, with modules that are
-    in eval mode), and what is timed in eval mode. An autocast block around the call holds for all of it.
+    something raises. So is the batch: its tensors have their values, and each call gets its own copy of what is no tensor,
+    such as a cache. Hooks of parameters are not called. What trains is measured in train mode (a model in train mode is
+    taken as it is, with modules that are in eval mode), and what is timed in eval mode. An autocast block around the call
+    holds for all of it.
 
     Args:
         batch: what to call the model with: a mapping, `model(**batch)`, a tuple, `model(*batch)`, or a tensor.
         loss: of what the model returns, the number to take gradients of; its own `.loss` if it has one, else the sum of
             its floating tensors, which costs about the same.
-        optimizer: a class, or a function of a list of parameters, whose state is counted.
+        optimizer: a class, or a function of a list of parameters, whose state is counted. The list is of stand-ins, one
+            for each trained parameter, and the optimizer is made of nothing else.
         seconds: how long the timing may take, and how long measuring energy may; a little more where a forward is
             slow, since each kind is called at least once. 0 leaves both out.
 
     Raises:
-        TypeError: a batch of another kind. ValueError: adapters are merged, parameters without values, an output
-            without anything to take gradients of, reentrant checkpoints.
+        TypeError: a batch of another kind or with what cannot be copied, a loss that is no function or returns no tensor.
+        ValueError: adapters are merged, parameters without values, an output without anything to take gradients of, a
+            loss of several numbers, reentrant checkpoints, an optimizer of other parameters, seconds below 0.
     """
-    return _measured(model, batch, loss or loss_of, optimizer, seconds, with_base=True)
+    return _measured(model, batch, loss, optimizer, seconds, with_base=True)
 
 
 def compare(
@@ -86,7 +91,7 @@ def compare(
     costs: dict[str, Cost] = {}
     for name, config in configs.items():
         with generators_kept(model), _attached(model, config):
-            costs[name] = _measured(model, batch, loss or loss_of, optimizer, seconds, with_base=False)
+            costs[name] = _measured(model, batch, loss, optimizer, seconds, with_base=False)
     return Comparison(MappingProxyType(costs))
 
 
@@ -103,29 +108,37 @@ def _attached(model: nn.Module, config: Config | None) -> Iterator[None]:
 
 
 def _measured(
-    model: nn.Module, batch: Any, loss: Loss, optimizer: MakeOptimizer, seconds: float, *, with_base: bool
+    model: nn.Module, batch: Any, given: Loss | None, optimizer: MakeOptimizer, seconds: float, *, with_base: bool
 ) -> Cost:
-    run, inputs = calling(model, batch), trained_in(batch)
+    if not 0 <= seconds < math.inf:
+        raise ValueError(f"seconds: how long to time, or 0 to leave it out, not {seconds!r}")
+    calls, loss = Calls(model, batch), checked(given)
+    inputs = calls.trained
     found = ledger.find(model)
     record = found[1] if found else None
     _check(model, record)
     adapters = _of_adapters(record)
     notes: dict[str, str] = {}
-    with unchanged(model), torch.inference_mode(False), torch.enable_grad():
+    with (
+        unchanged(model, calls.tensors),
+        without_hooks([*model.parameters(), *adapters]),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+    ):
         if not model.training:
             model.train()
         trained = [p for p in model.parameters() if p.requires_grad]
-        training = _training(model, run, loss, optimizer, trained, inputs, notes)
+        training = _training(model, calls, loss, optimizer, trained, inputs, notes)
         base = None
         base_forward = training["forward_flops"]
         if record is not None:
             with api.disabled(model):
-                base_forward = count_flops(run, loss, ()).forward
-                base = _fully_trained(model, run, loss, optimizer, inputs, record, notes) if with_base else None
+                base_forward = count_flops(calls.prepared(), loss, ()).forward
+                base = _fully_trained(model, calls, loss, optimizer, inputs, record, notes) if with_base else None
         times, joules = Times(), None
         if seconds > 0:
-            joules = _energy(run, loss, [*trained, *inputs], _device(model), seconds, notes)
-            times = time_forwards(model, run, seconds)
+            joules = _energy(calls, loss, [*trained, *inputs], _device(model), seconds, notes)
+            times = time_forwards(model, calls.prepared, seconds)
             if times.why_not and record is not None:
                 notes["added_latency_merged"] = times.why_not
         stored = bytes_of(trained) if record is None else _stored(model, notes)
@@ -165,7 +178,7 @@ def _check(model: nn.Module, record: Ledger | None) -> None:
 
 def _training(
     model: nn.Module,
-    run: Callable[[], Any],
+    calls: Calls,
     loss: Loss,
     optimizer: MakeOptimizer,
     trained: Sequence[nn.Parameter],
@@ -173,9 +186,10 @@ def _training(
     notes: dict[str, str],
 ) -> dict[str, Any]:
     """The figures of training `trained`, by their names in `Cost`; `inputs` are what else has a gradient."""
-    flops = count_flops(run, loss, [*trained, *inputs])
+    flops = count_flops(calls.prepared(), loss, [*trained, *inputs])
     if flops.unknown:
         notes["flops"] = f"without those of {', '.join(flops.unknown)}, for which there is no formula"
+    run = calls.prepared()
     return {
         "forward_flops": flops.forward,
         "backward_flops": flops.backward,
@@ -186,7 +200,7 @@ def _training(
 
 def _fully_trained(
     model: nn.Module,
-    run: Callable[[], Any],
+    calls: Calls,
     loss: Loss,
     optimizer: MakeOptimizer,
     inputs: Sequence[Tensor],
@@ -202,7 +216,7 @@ def _fully_trained(
             notes["base"] = "nothing of it was trainable before the adapters were attached"
             return None
         try:
-            figures = _training(model, run, loss, optimizer, trained, inputs, {})
+            figures = _training(model, calls, loss, optimizer, trained, inputs, {})
         except torch.OutOfMemoryError:
             notes["base"] = "not counted, since one forward and backward of it do not fit into memory"
             return None
@@ -237,7 +251,7 @@ def _unfrozen(record: Ledger) -> Iterator[None]:
 
 
 def _energy(
-    run: Callable[[], Any],
+    calls: Calls,
     loss: Loss,
     of: Sequence[Tensor],
     device: torch.device,
@@ -245,7 +259,7 @@ def _energy(
     notes: dict[str, str],
 ) -> float | None:
     def step() -> None:
-        differentiate(loss(run()), of)
+        differentiate(loss(calls()), of)
 
     try:
         return energy_of(step, device, seconds)
