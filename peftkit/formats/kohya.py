@@ -29,6 +29,7 @@ from peftkit.storage import StorageError
 from peftkit.targets import nearest
 
 _PREFIX = re.compile(r"(lora_unet|lora_te\d?|lora_transformer|lycoris)_")
+_TEXT_MODEL = "text_model_"  # CLIP's: every file of sd-scripts has it, transformers' CLIPTextModel has none since 5
 _KINDS = {
     "LoRA": ("lora_down.weight", "lora_up.weight"),
     "LoHa": ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),
@@ -72,7 +73,13 @@ def read(file: Path, tensors: Mapping[str, Tensor], weights: Mapping[str, torch.
     Raises:
         StorageError: an unknown key, one of a method or form that no adapter here can hold, one for no module of the base.
     """
-    modules = {_path(file, head, weights, at): found for (head, at), found in _grouped(file, tensors, prefix).items()}
+    modules: dict[str, _Module] = {}
+    heads: dict[str, str] = {}
+    for (head, at), found in _grouped(file, tensors, prefix).items():
+        path = _path(file, head, weights, at)
+        if path in modules:
+            raise StorageError(f"{file}: {heads[path]} and {head} both mean {path!r}")
+        modules[path], heads[path] = found, head
     kinds = {path: _kind(file, path, found) for path, found in modules.items()}
     if len(set(kinds.values())) > 1:
         one = {kind: path for path, kind in kinds.items()}
@@ -122,14 +129,20 @@ def _grouped(file: Path, tensors: Mapping[str, Tensor], prefix: str | None) -> d
 
 def _path(file: Path, head: str, weights: Mapping[str, torch.Size], at: int) -> str:
     wanted = head[at:]
-    found = [path for path in weights if path.replace(".", "_") == wanted]
+    named = {path: path.replace(".", "_") for path in weights}
+    found = [path for path, name in named.items() if name == wanted]
+    if (
+        not found
+    ):  # the text encoder that the file was trained on may have had this prefix, and the base not, or vice versa
+        bare = wanted.removeprefix(_TEXT_MODEL)
+        found = [path for path, name in named.items() if name.removeprefix(_TEXT_MODEL) == bare]
     if len(found) == 1:
         return found[0]
     if found:
         raise StorageError(
             f"{file}: {head} can mean {' or '.join(map(repr, sorted(found)))}, which the name does not tell"
         )
-    near = nearest(wanted, [path.replace(".", "_") for path in weights])
+    near = nearest(wanted, named.values())
     raise StorageError(f"{file}: unexpected {head}: the base has no module {wanted!r}{near}")
 
 
