@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def convert(
     to: str = "peftkit",
     prefix: str | None = None,
     alpha: float | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     check_base: bool = True,
 ) -> None:
     """Write the adapter at `source`, of whatever format, to `out`; what is there stays whole until the new one is.
@@ -38,22 +39,27 @@ def convert(
             `"gguf"` the config alone is enough.
         to: `"peftkit"`, the directory that peft and vLLM read too; or `"gguf"`, the file that llama.cpp reads.
         prefix: of a kohya file with parts for several models, the part to take, such as `"lora_unet"`.
-        alpha: of a torchtune file that no `adapter_config.json` lies beside.
-        dtype: of the tensors in a GGUF file, fp32 or fp16; a directory keeps those of the source.
+        alpha: of a torchtune file that no `adapter_config.json` with one lies beside, or of the modules of a kohya file
+            that have none; without it theirs is their rank.
+        dtype: of the tensors in a GGUF file, fp32 (None) or fp16; a directory keeps those of the source.
         check_base: as in `load`; `"gguf"` compares sizes alone.
 
     Raises:
         StorageError: a key that is unknown or missing, a kind of adapter that the wanted format cannot express, tensors that
             do not fit the base, a damaged file. The message names it, and what was at `out` is as it was.
-        ValueError: an unknown format.
+        ValueError: an unknown format; a `prefix`, `alpha` or `dtype` that this source and format have no use for.
     """
     if to not in _TO:
         raise ValueError(f"to: one of {', '.join(map(repr, _TO))}, not {to!r}")
+    if dtype is not None and to != "gguf":
+        raise ValueError(f"dtype={dtype} is for to='gguf'; a directory keeps the dtypes of the source")
+    if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
+        raise ValueError(f"alpha={alpha}; expected a number above 0")
     model = Base(base)
     adapter = _read(Path(source), model, prefix, alpha)
     try:
         if to == "gguf":
-            gguf.write(adapter, Path(out), model.config, dtype)
+            gguf.write(adapter, Path(out), model.config, dtype or torch.float32)
         else:
             root, attachment = model.attached(adapter.stored, check_base=check_base)
             storage.save(root, attachment, out)
@@ -63,6 +69,7 @@ def convert(
 
 def _read(path: Path, base: Base, prefix: str | None, alpha: float | None) -> Source:
     if path.is_dir() and (file := _torchtune_file(path)) is None and (path / layout.CONFIG).exists():
+        _refuse(path, "is peft's or peftkit's, which says all of it", prefix=prefix, alpha=alpha)
         return Source(storage.read(path), {})
     file = _file(path)
     if file.suffix == ".gguf":
@@ -70,16 +77,23 @@ def _read(path: Path, base: Base, prefix: str | None, alpha: float | None) -> So
     tensors = read_tensors(file)
     keys = list(tensors)
     if torchtune.looks_so(keys):
+        _refuse(file, "is torchtune's, which is of one model", prefix=prefix)
         settings = file.parent / layout.CONFIG
         return torchtune.read(file, tensors, read_object(settings) if settings.exists() else None, base.config, alpha)
     if kohya.looks_so(keys):
-        return kohya.read(file, tensors, base.weights, prefix)
+        return kohya.read(file, tensors, base.weights, prefix, alpha)
     if any(key.startswith(layout.PREFIX) for key in keys):
         raise StorageError(f"{file} has peft's keys; give its directory, with {layout.CONFIG} beside it")
     raise StorageError(
         f"{file}: unexpected {min(keys)}: its keys are none of peft's ({layout.PREFIX}…), kohya's or LyCORIS's "
         "(lora_unet_….lora_down.weight) or torchtune's (layers.0.attn.q_proj.lora_a.weight)"
     )
+
+
+def _refuse(path: Path, why: str, **given: object) -> None:
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(f"{name}={value!r} has no use: {path} {why}")
 
 
 def _torchtune_file(folder: Path) -> Path | None:

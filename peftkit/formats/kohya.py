@@ -62,16 +62,24 @@ def looks_so(keys: Sequence[str]) -> bool:
     return any(_PREFIX.match(key) or key.partition(".")[2] in _KNOWN for key in keys)
 
 
-def read(file: Path, tensors: Mapping[str, Tensor], weights: Mapping[str, torch.Size], prefix: str | None) -> Source:
+def read(
+    file: Path,
+    tensors: Mapping[str, Tensor],
+    weights: Mapping[str, torch.Size],
+    prefix: str | None,
+    alpha: float | None,
+) -> Source:
     """The adapter in `tensors`, for a base whose modules have these weights.
 
     Args:
         file: where they were read.
         weights: path of each module of the base -> shape of its weight.
         prefix: which part of a file for several models, such as `"lora_unet"`; None where there is one.
+        alpha: of the modules that have none; None where that is their rank.
 
     Raises:
         StorageError: an unknown key, one of a method or form that no adapter here can hold, one for no module of the base.
+        ValueError: an alpha that no module lacks.
     """
     modules: dict[str, _Module] = {}
     heads: dict[str, str] = {}
@@ -80,6 +88,8 @@ def read(file: Path, tensors: Mapping[str, Tensor], weights: Mapping[str, torch.
         if path in modules:
             raise StorageError(f"{file}: {heads[path]} and {head} both mean {path!r}")
         modules[path], heads[path] = found, head
+    if alpha is not None:
+        _give(file, modules, alpha)
     kinds = {path: _kind(file, path, found) for path, found in modules.items()}
     if len(set(kinds.values())) > 1:
         one = {kind: path for path, kind in kinds.items()}
@@ -177,6 +187,21 @@ def _alpha(file: Path, found: _Module, rank: int) -> float:
     return float(value) or float(rank)
 
 
+def _give(file: Path, modules: Mapping[str, _Module], alpha: float) -> None:
+    """Put `alpha` where there is none."""
+    lacking = [found for found in modules.values() if "alpha" not in found and not _of_whole_factors(found)]
+    if not lacking:
+        raise ValueError(f"alpha={alpha!r} has no use: every module of {file} has its own, or needs none")
+    for found in lacking:
+        key = next(iter(found.values()))[1]
+        found["alpha"] = torch.tensor(alpha, dtype=torch.float64), f"{key.partition('.')[0]}.alpha"
+
+
+def _of_whole_factors(found: _Module) -> bool:
+    """Whether it is a LoKr neither of whose factors is decomposed: LyCORIS has no rank there, and the scale is 1."""
+    return {"lokr_w1", "lokr_w2"} <= found.keys()
+
+
 # -- methods -------------------------------------------------------------------------------------------------
 
 _Made = tuple[dict[str, Any], dict[tuple[str, str], tuple[Tensor, str]]]
@@ -249,9 +274,8 @@ def _lokr(file: Path, modules: Mapping[str, _Module], weights: Mapping[str, torc
             )
         sides[path] = (out, first[0]), (cols, first[1])
         low = next((found[name][0].shape[1] for name in ("lokr_w2_a", "lokr_w1_a") if name in found), None)
-        # where neither factor is decomposed LyCORIS has no rank, and the scale is 1
         ranks[path] = low if low is not None else max(*first, second[0], inner)
-        alphas[path] = _alpha(file, found, ranks[path]) if low is not None else float(ranks[path])
+        alphas[path] = float(ranks[path]) if _of_whole_factors(found) else _alpha(file, found, ranks[path])
     return {
         "peft_type": "LOKR",
         **_patterns(ranks, alphas),

@@ -58,15 +58,21 @@ def read(
         file: where they were read.
         settings: torchtune's `adapter_config.json`; None where there is none.
         base: the base's `config.json`, for its heads.
-        alpha: takes the place of what `settings` say.
+        alpha: where `settings` say none.
 
     Raises:
         StorageError: an unknown key, a base that torchtune does not have or whose heads do not fit, no alpha.
+        ValueError: an alpha beside that of `settings`.
     """
     heads = _heads(file, base)
-    if alpha is None and (settings is None or not isinstance(settings.get("lora_alpha"), int | float)):
+    own = (settings or {}).get("lora_alpha")
+    if not isinstance(own, int | float):
+        own = None
+    if alpha is not None and own is not None:
+        raise ValueError(f"alpha={alpha!r} has no use: adapter_config.json beside {file} says lora_alpha={own}")
+    scale = alpha if own is None else own
+    if scale is None:
         raise StorageError(f"{file}: no adapter_config.json beside it says lora_alpha; pass alpha=")
-    scale: Any = settings["lora_alpha"] if alpha is None and settings is not None else alpha
     made: dict[tuple[str, str], tuple[Tensor, str]] = {}
     for key, t in tensors.items():
         path, name = _placed(file, key)
