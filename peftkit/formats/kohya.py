@@ -213,6 +213,7 @@ def _lora(file: Path, modules: Mapping[str, _Module], weights: Mapping[str, torc
         a, b = _needed(file, found, "lora_down.weight"), _needed(file, found, "lora_up.weight")
         if "lora_mid.weight" in found:
             a = _with_kernel(file, a, *found["lora_mid.weight"])
+        a, b = _as_dimensioned(a, weights[path]), _as_dimensioned(b, weights[path])
         pairs[path] = a.shape[0], _alpha(file, found, a.shape[0])
         tensors[path, "lora_A.weight"] = a, found["lora_down.weight"][1]
         tensors[path, "lora_B.weight"] = b, found["lora_up.weight"][1]
@@ -228,6 +229,16 @@ def _lora(file: Path, modules: Mapping[str, _Module], weights: Mapping[str, torc
             tensors[path, "lora_magnitude_vector"] = m, key
     dora = any("dora_scale" in found for found in modules.values())
     return {"peft_type": "LORA", **peft_lora.settings(pairs, use_dora=dora)}, tensors
+
+
+def _as_dimensioned(t: Tensor, weight: torch.Size) -> Tensor:
+    """`t` with as many dimensions as the weight: a 1×1 convolution in one layout of a model is a Linear in another."""
+    more = len(weight) - t.dim()
+    if more > 0 and weight[t.dim() :].numel() == 1:
+        return t.reshape(*t.shape, *[1] * more)
+    if more < 0 and t.shape[len(weight) :].numel() == 1:
+        return t.reshape(t.shape[: len(weight)])
+    return t
 
 
 def _with_kernel(file: Path, down: Tensor, mid: Tensor, key: str) -> Tensor:
@@ -262,7 +273,8 @@ def _lokr(file: Path, modules: Mapping[str, _Module], weights: Mapping[str, torc
     ranks, alphas, tensors, sides = {}, {}, {}, {}
     for path, found in modules.items():
         for name in found.keys() & set(_KINDS["LoKr"]):
-            tensors[path, name] = found[name]
+            t, key = found[name]
+            tensors[path, name] = _as_dimensioned(t, weights[path]) if name == "lokr_w2" else t, key
         first, second = (_factor(file, found, name) for name in ("lokr_w1", "lokr_w2"))
         out, cols, *kernel = weights[path]
         inner = second[1] // torch.Size(kernel).numel()
