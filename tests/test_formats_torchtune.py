@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from storage_helpers import config_of, llama, peft_model, tensors_of
+from storage_helpers import config_of, llama, peft_model, tensors_of, trained
 from torch import Tensor, nn
 
 import peftkit
@@ -126,6 +126,29 @@ def test_its_own_tensors_go_before_those_it_wrote_for_peft(tmp_path):
     with pytest.raises(StorageError, match=r"has adapter_0\.pt, adapter_model\.pt; name the one"):
         peftkit.convert(tmp_path / "theirs", tmp_path / "ours", base=llama())
     peftkit.convert(tmp_path / "theirs" / "adapter_0.pt", tmp_path / "ours", base=llama())
+
+
+@pytest.mark.parametrize("name", ["adapter_optimizer.pt", "adapter_0.pt", "adapter_model.pt"])
+def test_a_directory_of_peft_is_read_as_that_whatever_lies_beside_it(name, tmp_path):
+    peftkit.save(trained(llama()), tmp_path / "a")
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.ones(2))])
+    beside: tuple[Any, ...] = (optimizer.state_dict(), {"x.y": torch.ones(2)}, torch.ones(2), PAIR)
+    # tensors in torchtune's names are torchtune's only under a name that it gives
+    for found in beside if name == "adapter_optimizer.pt" else beside[:-1]:
+        torch.save(found, tmp_path / "a" / name)
+        peftkit.convert(tmp_path / "a", tmp_path / "b", base=llama())
+        first, second = tensors_of(tmp_path / "a"), tensors_of(tmp_path / "b")
+        assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_a_damaged_file_of_torchtune_is_not_passed_over(tmp_path):
+    """Beside it may lie the same in peft's names, with rows in another order."""
+    peftkit.save(trained(llama()), tmp_path / "a")
+    torch.save(PAIR, tmp_path / "a" / "adapter_model.pt")
+    whole = (tmp_path / "a" / "adapter_model.pt").read_bytes()
+    (tmp_path / "a" / "adapter_model.pt").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(StorageError, match=r"adapter_model\.pt cannot be read"):
+        peftkit.convert(tmp_path / "a", tmp_path / "b", base=llama())
 
 
 def test_the_output_head(tmp_path):

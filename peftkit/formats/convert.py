@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -12,10 +13,11 @@ from torch import nn
 from peftkit import storage
 from peftkit.formats import gguf, kohya, torchtune
 from peftkit.formats.base import Base
-from peftkit.formats.source import Source, read_tensors
+from peftkit.formats.source import Source, names_in_pickle, read_tensors
 from peftkit.storage import StorageError, layout
 from peftkit.storage.jsonfile import read_object
 
+_TORCHTUNES = re.compile(r"adapter_(\d+|model)\.pt")
 _TO = ("peftkit", "gguf")
 
 
@@ -68,10 +70,10 @@ def convert(
 
 
 def _read(path: Path, base: Base, prefix: str | None, alpha: float | None) -> Source:
-    if path.is_dir() and (file := _torchtune_file(path)) is None and (path / layout.CONFIG).exists():
+    file = _tensor_file(path) if path.is_dir() else path
+    if file is None:
         _refuse(path, "is peft's or peftkit's, which says all of it", prefix=prefix, alpha=alpha)
         return Source(storage.read(path), {})
-    file = _file(path)
     if file.suffix == ".gguf":
         raise StorageError(f"{file}: GGUF is written here, not read; convert the adapter that it was made from")
     tensors = read_tensors(file)
@@ -96,25 +98,16 @@ def _refuse(path: Path, why: str, **given: object) -> None:
             raise ValueError(f"{name}={value!r} has no use: {path} {why}")
 
 
-def _torchtune_file(folder: Path) -> Path | None:
-    """Its tensors in its own names, beside which it may have written them in peft's."""
-    found = sorted(folder.glob("adapter_*.pt"))
+def _tensor_file(folder: Path) -> Path | None:
+    """The file in `folder` that is the adapter; None where it is peft's directory, or peftkit's."""
+    named = (p for p in sorted(folder.glob("adapter_*.pt")) if _TORCHTUNES.fullmatch(p.name))
+    # its own tensors go before those that it may have written in peft's names beside them
+    found = [p for p in named if torchtune.looks_so(names_in_pickle(p))]
+    if not found and (folder / layout.CONFIG).exists():
+        return None
+    found = found or sorted(folder.glob("*.safetensors"))
     if len(found) > 1:
         raise StorageError(f"{folder} has {', '.join(p.name for p in found)}; name the one to convert")
-    return found[0] if found else None
-
-
-def _file(path: Path) -> Path:
-    if not path.is_dir():
-        return path
-    found = _torchtune_file(path) or next(iter(_alone(path)), None)
-    if found is None:
-        raise StorageError(f"{path} is no adapter: it has neither {layout.CONFIG} nor one file of tensors")
-    return found
-
-
-def _alone(folder: Path) -> list[Path]:
-    found = sorted(folder.glob("*.safetensors"))
-    if len(found) > 1:
-        raise StorageError(f"{folder} has {', '.join(p.name for p in found)}; name the one to convert")
-    return found
+    if not found:
+        raise StorageError(f"{folder} is no adapter: it has neither {layout.CONFIG} nor one file of tensors")
+    return found[0]
