@@ -36,8 +36,16 @@ _TENSORS = {
     "magnitude.weight": "lora_magnitude_vector",
 }
 _KEY = re.compile(r"(?:layers\.(\d+)\.(.+?)|(output))\.(lora_a\.weight|lora_b\.weight|magnitude(?:\.weight)?)")
-# by `model_type`: whether torchtune rotates neighbouring rows, and so permutes what transformers keeps in halves
-_ROTATES_NEIGHBOURS = {"llama": True, "mistral": True, "gemma": True, "gemma2": True, "qwen2": False, "qwen3": False}
+# By `model_type`: whether torchtune rotates neighbouring rows, and so permutes what transformers keeps in halves. Read at
+# bd2a0fc: the rope of `models/<family>/_component_builders.py`, and what brings transformers' weights into its layout.
+_ROTATES_NEIGHBOURS = {
+    "llama": True,  # llama2, llama3: RotaryPositionalEmbeddings; convert_weights.hf_to_tune permutes
+    "mistral": True,  # RotaryPositionalEmbeddings; convert_weights.hf_to_tune
+    "gemma": True,  # RotaryPositionalEmbeddings; convert_weights.hf_to_tune
+    "gemma2": True,  # RotaryPositionalEmbeddings; gemma2_hf_to_tune permutes
+    "qwen2": False,  # Qwen2RotaryPositionalEmbeddings; qwen2_hf_to_tune only renames
+    "qwen3": False,  # Qwen2RotaryPositionalEmbeddings; qwen3_hf_to_tune only renames
+}
 
 
 def looks_so(keys: Sequence[str]) -> bool:
