@@ -231,6 +231,8 @@ class Ambiguous(nn.Module):
 WRONG: dict[str, tuple[dict[str, Tensor], str]] = {
     "module": (pair("lora_unet_down_blocks_0_to_k", 12, 8), r"no module 'down_blocks_0_to_k'; did you mean 'down_blocks_0_"),
     "tensor": ({f"{Q}.lora_dwn.weight": torch.ones(1)}, rf"unexpected {Q}.lora_dwn.weight; did you mean 'lora_down.weight'"),
+    "far": ({f"{Q}.zzzz": torch.ones(1), **GOOD}, rf"unexpected {Q}.zzzz; known are 'alpha', 'dora_scale'"),
+    "base": (pair("lora_unet_xyz", 12, 8), "no module 'xyz'; the base has 'conv_in'"),
     "prefix": ({"unet_x.lora_up.weight": torch.ones(1)}, "unexpected unet_x.lora_up.weight: it does not begin with"),
     "missing": ({f"{Q}.lora_up.weight": torch.ones(12, 2)}, rf"missing {Q}.lora_down.weight"),
     "alone": ({f"{Q}.alpha": torch.ones(())}, rf"{Q}.alpha is alone"),
@@ -294,5 +296,5 @@ def test_files_of_no_known_kind(tmp_path):
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
     with pytest.raises(StorageError, match="GGUF is written here, not read"):
         peftkit.convert(tmp_path / "a.gguf", tmp_path / "ours", base=UNet())
-    with pytest.raises(ValueError, match="to: one of 'peftkit', 'gguf', not 'onnx'"):
+    with pytest.raises(ValueError, match="to: 'onnx' is no format; known are 'gguf', 'peftkit'"):
         peftkit.convert(tmp_path / "theirs.safetensors", tmp_path / "ours", base=UNet(), to="onnx")

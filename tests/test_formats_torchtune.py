@@ -212,6 +212,7 @@ PAIR = {f"{Q}.lora_a.weight": torch.ones(2, 16), f"{Q}.lora_b.weight": torch.one
 WRONG: dict[str, tuple[dict[str, Tensor], str]] = {
     "module": ({**PAIR, "layers.1.attn.o_proj.lora_a.weight": torch.ones(2, 16)}, r"unexpected layers\.1\.attn\.o_proj"),
     "near": ({**PAIR, "layers.0.atn.q_proj.lora_a.weight": torch.ones(2, 16)}, r"did you mean 'layers\.0\.attn\.q_proj"),
+    "far": ({**PAIR, "zzzz.lora_a.weight": torch.ones(2, 16)}, r"unexpected zzzz\.lora_a\.weight; (?!the model has)"),
     "embedding": ({**PAIR, "tok_embeddings.lora_a.weight": torch.ones(2, 16)}, r"unexpected tok_embeddings\.lora_a\.weight"),
     "layer": ({**PAIR, "layers.7.mlp.w1.lora_a.weight": torch.ones(2, 16)}, r"layers\.7\.mlp\.w1\.lora_a\.weight"),
     "no-a": ({**PAIR, "layers.0.mlp.w1.lora_b.weight": torch.ones(32, 2)}, r"'layers\.0\.mlp\.w1', has no lora_a"),

@@ -16,6 +16,7 @@ from peftkit.formats.base import Base
 from peftkit.formats.source import Source, names_in_pickle, read_tensors
 from peftkit.storage import StorageError, layout
 from peftkit.storage.jsonfile import read_object
+from peftkit.targets import nearest
 
 _TORCHTUNES = re.compile(r"adapter_(\d+|model)\.pt")
 _TO = ("peftkit", "gguf")
@@ -52,7 +53,7 @@ def convert(
         ValueError: an unknown format; a `prefix`, `alpha` or `dtype` that this source and format have no use for.
     """
     if to not in _TO:
-        raise ValueError(f"to: one of {', '.join(map(repr, _TO))}, not {to!r}")
+        raise ValueError(f"to: {to!r} is no format{nearest(to, _TO, has='known are')}")
     if dtype is not None and to != "gguf":
         raise ValueError(f"dtype={dtype} is for to='gguf'; a directory keeps the dtypes of the source")
     if alpha is not None and not (math.isfinite(alpha) and alpha > 0):

@@ -125,7 +125,7 @@ def _grouped(file: Path, tensors: Mapping[str, Tensor], prefix: str | None) -> d
         if name in _REFUSED:
             raise StorageError(f"{file}: {key} is of {_REFUSED[name]}, which is not supported")
         if name not in _KNOWN and name != "alpha":
-            raise StorageError(f"{file}: unexpected {key}{nearest(name, [*_KNOWN, 'alpha'])}")
+            raise StorageError(f"{file}: unexpected {key}{nearest(name, [*_KNOWN, 'alpha'], has='known are')}")
         modules.setdefault((head, at), {})[name] = t, key
     if len(seen) > 1:
         raise StorageError(
@@ -152,7 +152,7 @@ def _path(file: Path, head: str, weights: Mapping[str, torch.Size], at: int) -> 
         raise StorageError(
             f"{file}: {head} can mean {' or '.join(map(repr, sorted(found)))}, which the name does not tell"
         )
-    near = nearest(wanted, named.values())
+    near = nearest(wanted, named.values(), has="the base has")
     raise StorageError(f"{file}: unexpected {head}: the base has no module {wanted!r}{near}")
 
 

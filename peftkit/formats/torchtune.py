@@ -106,7 +106,8 @@ def _placed(file: Path, key: str) -> tuple[str, str]:
         return "lm_head", _TENSORS[found[4]]
     if found is None or found[2] not in _MODULES:
         every = [f"layers.0.{m}.{t}" for m in _MODULES for t in ("lora_a.weight", "lora_b.weight", "magnitude")]
-        raise StorageError(f"{file}: unexpected {key}{nearest(re.sub(r'[0-9]+', '0', key), every)}")
+        near = nearest(re.sub(r"[0-9]+", "0", key), every, has="known are")
+        raise StorageError(f"{file}: unexpected {key}{near}")
     return f"model.layers.{found[1]}.{_MODULES[found[2]]}", _TENSORS[found[4]]
 
 
