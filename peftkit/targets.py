@@ -97,14 +97,14 @@ class Patterns:
         return hits
 
 
-def nearest(pattern: object, names: Iterable[str]) -> str:
-    """`"; did you mean 'q_proj'?"`, or an empty string where nothing is near."""
+def nearest(pattern: object, names: Iterable[str], *, has: str = "the model has") -> str:
+    """`"; did you mean 'q_proj'?"`, or some of `names` where nothing is near; `has` says whose they are."""
     text = pattern.pattern if isinstance(pattern, re.Pattern) else str(pattern)
     depth = text.count(".") + 1
     tails = sorted({".".join(n.split(".")[-depth:]) for n in names if n})
     close = difflib.get_close_matches(text.lstrip("^"), tails, n=3, cutoff=0.5)
     if not close:
-        return f"; the model has {', '.join(map(repr, tails[:8]))}{' …' if len(tails) > 8 else ''}" if tails else ""
+        return f"; {has} {', '.join(map(repr, tails[:8]))}{' …' if len(tails) > 8 else ''}" if tails else ""
     return "; did you mean " + " or ".join(map(repr, close)) + "?"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,47 @@ def test_alpha_over_rank_by_module(dtype, tmp_path):
     assert torch.equal(merged["down_blocks.1.to_q.weight"].double(), weights["down_blocks.1.to_q.weight"])
 
 
+CONV = "lora_unet_proj_out"
+
+
+@pytest.mark.parametrize("given", [2, 4])
+@pytest.mark.parametrize("head", [Q, CONV])
+@pytest.mark.parametrize("kind", ["lora", "dora", "mid", "lokr"])
+def test_a_linear_and_a_convolution_of_one_by_one_are_alike(given, head, kind, tmp_path):
+    rows, cols = (12, 8) if head == Q else (4, 8)
+    made = pair(head, rows, cols)
+    weight = UNet().get_submodule("down_blocks.0.to_q" if head == Q else "proj_out").weight.detach().flatten(1)
+    up, down = made[f"{head}.lora_up.weight"], made[f"{head}.lora_down.weight"]
+    change = 3 * up @ down
+    if kind == "dora":
+        made[f"{head}.dora_scale"] = 0.5 + torch.rand(rows, 1)
+        wide = weight + change
+        change = made[f"{head}.dora_scale"] * wide / wide.norm(dim=1, keepdim=True) - weight
+    if kind == "mid":
+        middle = torch.randn(2, 2)
+        made[f"{head}.lora_mid.weight"], change = middle[..., None, None], 3 * up @ middle @ down
+    if kind == "lokr":
+        made = {f"{head}.lokr_w1": torch.randn(2, 2), f"{head}.lokr_w2": torch.randn(rows // 2, cols // 2)}
+        change = torch.kron(*made.values())
+    if given == 4:
+        made = {k: t[..., None, None] if t.dim() == 2 and "lokr_w1" not in k else t for k, t in made.items()}
+    convert(made, tmp_path)
+    model = UNet()
+    peftkit.load(model, tmp_path / "ours")
+    peftkit.merge(model)
+    merged: Any = model.get_submodule("down_blocks.0.to_q" if head == Q else "proj_out").weight
+    assert torch.allclose(merged.flatten(1), weight + change, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 3, 3), (2, 8, 1, 3), (2, 8, 1, 1, 2)])
+def test_a_kernel_that_is_not_one_by_one_is_kept_and_refused(shape, tmp_path):
+    made = {**pair(Q, 12, 8), f"{Q}.lora_down.weight": torch.ones(shape)}
+    with pytest.raises(StorageError, match=rf"{Q}.lora_down.weight has shape {re.escape(str(shape))}, expected"):
+        convert(made, tmp_path)
+    with pytest.raises(StorageError, match=r"lora_unet_conv_in.lora_down.weight has shape \(2, 4\), expected"):
+        convert(pair("lora_unet_conv_in", 8, 4), tmp_path)
+
+
 def test_one_part_of_several(tmp_path):
     both = {**GOOD, **pair("lora_te1_down_blocks_0_to_q", 12, 8)}
     with pytest.raises(StorageError, match=r"several models, such as .*prefix='lora_te1' or 'lora_unet'"):
@@ -189,6 +231,8 @@ class Ambiguous(nn.Module):
 WRONG: dict[str, tuple[dict[str, Tensor], str]] = {
     "module": (pair("lora_unet_down_blocks_0_to_k", 12, 8), r"no module 'down_blocks_0_to_k'; did you mean 'down_blocks_0_"),
     "tensor": ({f"{Q}.lora_dwn.weight": torch.ones(1)}, rf"unexpected {Q}.lora_dwn.weight; did you mean 'lora_down.weight'"),
+    "far": ({f"{Q}.zzzz": torch.ones(1), **GOOD}, rf"unexpected {Q}.zzzz; known are 'alpha', 'dora_scale'"),
+    "base": (pair("lora_unet_xyz", 12, 8), "no module 'xyz'; the base has 'conv_in'"),
     "prefix": ({"unet_x.lora_up.weight": torch.ones(1)}, "unexpected unet_x.lora_up.weight: it does not begin with"),
     "missing": ({f"{Q}.lora_up.weight": torch.ones(12, 2)}, rf"missing {Q}.lora_down.weight"),
     "alone": ({f"{Q}.alpha": torch.ones(())}, rf"{Q}.alpha is alone"),
@@ -252,5 +296,5 @@ def test_files_of_no_known_kind(tmp_path):
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
     with pytest.raises(StorageError, match="GGUF is written here, not read"):
         peftkit.convert(tmp_path / "a.gguf", tmp_path / "ours", base=UNet())
-    with pytest.raises(ValueError, match="to: one of 'peftkit', 'gguf', not 'onnx'"):
+    with pytest.raises(ValueError, match="to: 'onnx' is no format; known are 'gguf', 'peftkit'"):
         peftkit.convert(tmp_path / "theirs.safetensors", tmp_path / "ours", base=UNet(), to="onnx")

@@ -198,7 +198,13 @@ def convert(
     base: Annotated[Path, typer.Option(help="Directory of the model it is for.", show_default=False)],
     to: Annotated[str, typer.Option(help="peftkit or gguf.")] = "peftkit",
     prefix: Annotated[str | None, typer.Option(help="Of a kohya file for several models: the part to take.")] = None,
-    alpha: Annotated[float | None, typer.Option(help="Of a torchtune file without a config beside it.")] = None,
+    alpha: Annotated[
+        float | None,
+        typer.Option(help="Of a torchtune file with no config beside it, or of a kohya file that has none."),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of a GGUF file: float32, which it is otherwise, or float16.")
+    ] = None,
     any_base: AnyBase = False,
 ) -> None:
     """An adapter from one format to another.
@@ -208,7 +214,8 @@ def convert(
 
     Example: peftkit convert adapter adapter.gguf --to gguf --base base
     """
-    peftkit.convert(source, out, base=base, to=to, prefix=prefix, alpha=alpha, check_base=not any_base)
+    wanted = dtype_named(dtype)
+    peftkit.convert(source, out, base=base, to=to, prefix=prefix, alpha=alpha, dtype=wanted, check_base=not any_base)
     _show(f"{out}: written as {to}", as_json=False)
 
 

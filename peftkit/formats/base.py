@@ -20,6 +20,8 @@ from peftkit.storage import StorageError, Stored
 from peftkit.storage.jsonfile import read_object
 
 _NAME = "converted"
+# by class: what transformers takes off the names of its older checkpoints (`conversion_mapping.py`, 5.23)
+_FORMER_PREFIX = {"CLIPTextModel": "text_model."}
 
 
 class Base:
@@ -53,13 +55,15 @@ class Base:
 
     @functools.cached_property
     def weights(self) -> dict[str, torch.Size]:
-        """Path of each module with a weight -> the weight's shape."""
+        """Path of each module with a weight, as `from_pretrained` names it -> the weight's shape."""
         if self.module is not None:
             named = (
                 (site.name, site.module._parameters.get("weight")) for site in walk(self.module) if site.part is None
             )
             return {name: weight.shape for name, weight in named if weight is not None}
-        shapes = {key: self._checkpoint.shape(key) for key in self._checkpoint.places}
+        classes = self._checkpoint.config.get("architectures") or []
+        former = next((_FORMER_PREFIX[name] for name in classes if name in _FORMER_PREFIX), "")
+        shapes = {key.removeprefix(former): self._checkpoint.shape(key) for key in self._checkpoint.places}
         return {key[: -len(".weight")]: shape for key, shape in shapes.items() if key.endswith(".weight")}
 
     def attached(self, stored: Stored, *, check_base: bool) -> tuple[nn.Module, Attachment]:

@@ -55,7 +55,7 @@ def write(source: Source, out: Path, base: Mapping[str, Any], dtype: torch.dtype
         if path not in names:
             raise StorageError(
                 f"{stored.file}: llama.cpp has no adapter for {path!r} of a {base['model_type']} with "
-                f"{base['num_hidden_layers']} layers{nearest(path, names)}"
+                f"{base['num_hidden_layers']} layers{nearest(path, names, has='it has those for')}"
             )
         pairs[path] = (names[path], *_pair(source, stem, tensors))
         _check_sizes(source, path, pairs[path], sizes)

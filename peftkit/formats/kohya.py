@@ -29,6 +29,7 @@ from peftkit.storage import StorageError
 from peftkit.targets import nearest
 
 _PREFIX = re.compile(r"(lora_unet|lora_te\d?|lora_transformer|lycoris)_")
+_TEXT_MODEL = "text_model_"  # CLIP's: every file of sd-scripts has it, transformers' CLIPTextModel has none since 5
 _KINDS = {
     "LoRA": ("lora_down.weight", "lora_up.weight"),
     "LoHa": ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),
@@ -61,18 +62,34 @@ def looks_so(keys: Sequence[str]) -> bool:
     return any(_PREFIX.match(key) or key.partition(".")[2] in _KNOWN for key in keys)
 
 
-def read(file: Path, tensors: Mapping[str, Tensor], weights: Mapping[str, torch.Size], prefix: str | None) -> Source:
+def read(
+    file: Path,
+    tensors: Mapping[str, Tensor],
+    weights: Mapping[str, torch.Size],
+    prefix: str | None,
+    alpha: float | None,
+) -> Source:
     """The adapter in `tensors`, for a base whose modules have these weights.
 
     Args:
         file: where they were read.
         weights: path of each module of the base -> shape of its weight.
         prefix: which part of a file for several models, such as `"lora_unet"`; None where there is one.
+        alpha: of the modules that have none; None where that is their rank.
 
     Raises:
         StorageError: an unknown key, one of a method or form that no adapter here can hold, one for no module of the base.
+        ValueError: an alpha that no module lacks.
     """
-    modules = {_path(file, head, weights, at): found for (head, at), found in _grouped(file, tensors, prefix).items()}
+    modules: dict[str, _Module] = {}
+    heads: dict[str, str] = {}
+    for (head, at), found in _grouped(file, tensors, prefix).items():
+        path = _path(file, head, weights, at)
+        if path in modules:
+            raise StorageError(f"{file}: {heads[path]} and {head} both mean {path!r}")
+        modules[path], heads[path] = found, head
+    if alpha is not None:
+        _give(file, modules, alpha)
     kinds = {path: _kind(file, path, found) for path, found in modules.items()}
     if len(set(kinds.values())) > 1:
         one = {kind: path for path, kind in kinds.items()}
@@ -108,7 +125,7 @@ def _grouped(file: Path, tensors: Mapping[str, Tensor], prefix: str | None) -> d
         if name in _REFUSED:
             raise StorageError(f"{file}: {key} is of {_REFUSED[name]}, which is not supported")
         if name not in _KNOWN and name != "alpha":
-            raise StorageError(f"{file}: unexpected {key}{nearest(name, [*_KNOWN, 'alpha'])}")
+            raise StorageError(f"{file}: unexpected {key}{nearest(name, [*_KNOWN, 'alpha'], has='known are')}")
         modules.setdefault((head, at), {})[name] = t, key
     if len(seen) > 1:
         raise StorageError(
@@ -122,14 +139,20 @@ def _grouped(file: Path, tensors: Mapping[str, Tensor], prefix: str | None) -> d
 
 def _path(file: Path, head: str, weights: Mapping[str, torch.Size], at: int) -> str:
     wanted = head[at:]
-    found = [path for path in weights if path.replace(".", "_") == wanted]
+    named = {path: path.replace(".", "_") for path in weights}
+    found = [path for path, name in named.items() if name == wanted]
+    if (
+        not found
+    ):  # the text encoder that the file was trained on may have had this prefix, and the base not, or vice versa
+        bare = wanted.removeprefix(_TEXT_MODEL)
+        found = [path for path, name in named.items() if name.removeprefix(_TEXT_MODEL) == bare]
     if len(found) == 1:
         return found[0]
     if found:
         raise StorageError(
             f"{file}: {head} can mean {' or '.join(map(repr, sorted(found)))}, which the name does not tell"
         )
-    near = nearest(wanted, [path.replace(".", "_") for path in weights])
+    near = nearest(wanted, named.values(), has="the base has")
     raise StorageError(f"{file}: unexpected {head}: the base has no module {wanted!r}{near}")
 
 
@@ -164,6 +187,21 @@ def _alpha(file: Path, found: _Module, rank: int) -> float:
     return float(value) or float(rank)
 
 
+def _give(file: Path, modules: Mapping[str, _Module], alpha: float) -> None:
+    """Put `alpha` where there is none."""
+    lacking = [found for found in modules.values() if "alpha" not in found and not _of_whole_factors(found)]
+    if not lacking:
+        raise ValueError(f"alpha={alpha!r} has no use: every module of {file} has its own, or needs none")
+    for found in lacking:
+        key = next(iter(found.values()))[1]
+        found["alpha"] = torch.tensor(alpha, dtype=torch.float64), f"{key.partition('.')[0]}.alpha"
+
+
+def _of_whole_factors(found: _Module) -> bool:
+    """Whether it is a LoKr neither of whose factors is decomposed: LyCORIS has no rank there, and the scale is 1."""
+    return {"lokr_w1", "lokr_w2"} <= found.keys()
+
+
 # -- methods -------------------------------------------------------------------------------------------------
 
 _Made = tuple[dict[str, Any], dict[tuple[str, str], tuple[Tensor, str]]]
@@ -175,6 +213,7 @@ def _lora(file: Path, modules: Mapping[str, _Module], weights: Mapping[str, torc
         a, b = _needed(file, found, "lora_down.weight"), _needed(file, found, "lora_up.weight")
         if "lora_mid.weight" in found:
             a = _with_kernel(file, a, *found["lora_mid.weight"])
+        a, b = _as_dimensioned(a, weights[path]), _as_dimensioned(b, weights[path])
         pairs[path] = a.shape[0], _alpha(file, found, a.shape[0])
         tensors[path, "lora_A.weight"] = a, found["lora_down.weight"][1]
         tensors[path, "lora_B.weight"] = b, found["lora_up.weight"][1]
@@ -190,6 +229,16 @@ def _lora(file: Path, modules: Mapping[str, _Module], weights: Mapping[str, torc
             tensors[path, "lora_magnitude_vector"] = m, key
     dora = any("dora_scale" in found for found in modules.values())
     return {"peft_type": "LORA", **peft_lora.settings(pairs, use_dora=dora)}, tensors
+
+
+def _as_dimensioned(t: Tensor, weight: torch.Size) -> Tensor:
+    """`t` with as many dimensions as the weight: a 1×1 convolution in one layout of a model is a Linear in another."""
+    more = len(weight) - t.dim()
+    if more > 0 and weight[t.dim() :].numel() == 1:
+        return t.reshape(*t.shape, *[1] * more)
+    if more < 0 and t.shape[len(weight) :].numel() == 1:
+        return t.reshape(t.shape[: len(weight)])
+    return t
 
 
 def _with_kernel(file: Path, down: Tensor, mid: Tensor, key: str) -> Tensor:
@@ -224,7 +273,8 @@ def _lokr(file: Path, modules: Mapping[str, _Module], weights: Mapping[str, torc
     ranks, alphas, tensors, sides = {}, {}, {}, {}
     for path, found in modules.items():
         for name in found.keys() & set(_KINDS["LoKr"]):
-            tensors[path, name] = found[name]
+            t, key = found[name]
+            tensors[path, name] = _as_dimensioned(t, weights[path]) if name == "lokr_w2" else t, key
         first, second = (_factor(file, found, name) for name in ("lokr_w1", "lokr_w2"))
         out, cols, *kernel = weights[path]
         inner = second[1] // torch.Size(kernel).numel()
@@ -236,9 +286,8 @@ def _lokr(file: Path, modules: Mapping[str, _Module], weights: Mapping[str, torc
             )
         sides[path] = (out, first[0]), (cols, first[1])
         low = next((found[name][0].shape[1] for name in ("lokr_w2_a", "lokr_w1_a") if name in found), None)
-        # where neither factor is decomposed LyCORIS has no rank, and the scale is 1
         ranks[path] = low if low is not None else max(*first, second[0], inner)
-        alphas[path] = _alpha(file, found, ranks[path]) if low is not None else float(ranks[path])
+        alphas[path] = float(ranks[path]) if _of_whole_factors(found) else _alpha(file, found, ranks[path])
     return {
         "peft_type": "LOKR",
         **_patterns(ranks, alphas),

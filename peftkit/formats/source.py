@@ -76,14 +76,28 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     return found
 
 
-def _unpickled(file: Path) -> dict[str, Tensor]:
+def names_in_pickle(file: Path) -> list[str]:
+    """The names that a pickle gives to what it holds; none where it holds no dict.
+
+    Raises:
+        StorageError: it is damaged, or holds what only a program could make.
+    """
+    found = _loaded(file)
+    return [key for key in found if isinstance(key, str)] if isinstance(found, dict) else []
+
+
+def _loaded(file: Path) -> object:
     try:
-        found = torch.load(file, map_location="cpu", weights_only=True)
+        return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged pickle leads to
         raise StorageError(
             f"{file} cannot be read as tensors alone, and no other pickle is opened, since it could run any program: "
             f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
         ) from error
+
+
+def _unpickled(file: Path) -> dict[str, Tensor]:
+    found = _loaded(file)
     if not isinstance(found, dict):
         raise StorageError(f"{file} holds a {type(found).__name__}; expected tensors by their names")
     for key, value in found.items():

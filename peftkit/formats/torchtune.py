@@ -36,8 +36,16 @@ _TENSORS = {
     "magnitude.weight": "lora_magnitude_vector",
 }
 _KEY = re.compile(r"(?:layers\.(\d+)\.(.+?)|(output))\.(lora_a\.weight|lora_b\.weight|magnitude(?:\.weight)?)")
-# by `model_type`: whether torchtune rotates neighbouring rows, and so permutes what transformers keeps in halves
-_ROTATES_NEIGHBOURS = {"llama": True, "mistral": True, "gemma": True, "gemma2": True, "qwen2": False, "qwen3": False}
+# By `model_type`: whether torchtune rotates neighbouring rows, and so permutes what transformers keeps in halves. Read at
+# bd2a0fc: the rope of `models/<family>/_component_builders.py`, and what brings transformers' weights into its layout.
+_ROTATES_NEIGHBOURS = {
+    "llama": True,  # llama2, llama3: RotaryPositionalEmbeddings; convert_weights.hf_to_tune permutes
+    "mistral": True,  # RotaryPositionalEmbeddings; convert_weights.hf_to_tune
+    "gemma": True,  # RotaryPositionalEmbeddings; convert_weights.hf_to_tune
+    "gemma2": True,  # RotaryPositionalEmbeddings; gemma2_hf_to_tune permutes
+    "qwen2": False,  # Qwen2RotaryPositionalEmbeddings; qwen2_hf_to_tune only renames
+    "qwen3": False,  # Qwen2RotaryPositionalEmbeddings; qwen3_hf_to_tune only renames
+}
 
 
 def looks_so(keys: Sequence[str]) -> bool:
@@ -58,15 +66,21 @@ def read(
         file: where they were read.
         settings: torchtune's `adapter_config.json`; None where there is none.
         base: the base's `config.json`, for its heads.
-        alpha: takes the place of what `settings` say.
+        alpha: where `settings` say none.
 
     Raises:
         StorageError: an unknown key, a base that torchtune does not have or whose heads do not fit, no alpha.
+        ValueError: an alpha beside that of `settings`.
     """
     heads = _heads(file, base)
-    if alpha is None and (settings is None or not isinstance(settings.get("lora_alpha"), int | float)):
+    own = (settings or {}).get("lora_alpha")
+    if not isinstance(own, int | float):
+        own = None
+    if alpha is not None and own is not None:
+        raise ValueError(f"alpha={alpha!r} has no use: adapter_config.json beside {file} says lora_alpha={own}")
+    scale = alpha if own is None else own
+    if scale is None:
         raise StorageError(f"{file}: no adapter_config.json beside it says lora_alpha; pass alpha=")
-    scale: Any = settings["lora_alpha"] if alpha is None and settings is not None else alpha
     made: dict[tuple[str, str], tuple[Tensor, str]] = {}
     for key, t in tensors.items():
         path, name = _placed(file, key)
@@ -92,7 +106,8 @@ def _placed(file: Path, key: str) -> tuple[str, str]:
         return "lm_head", _TENSORS[found[4]]
     if found is None or found[2] not in _MODULES:
         every = [f"layers.0.{m}.{t}" for m in _MODULES for t in ("lora_a.weight", "lora_b.weight", "magnitude")]
-        raise StorageError(f"{file}: unexpected {key}{nearest(re.sub(r'[0-9]+', '0', key), every)}")
+        near = nearest(re.sub(r"[0-9]+", "0", key), every, has="known are")
+        raise StorageError(f"{file}: unexpected {key}{near}")
     return f"model.layers.{found[1]}.{_MODULES[found[2]]}", _TENSORS[found[4]]
 
 
