@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from itertools import permutations
 from pathlib import Path
 
 import pytest
@@ -167,6 +168,41 @@ def test_groups_that_peft_has_crossed(tmp_path):
         loaded = copy.deepcopy(model)
         peftkit.load(loaded, tmp_path / "out")
         assert close(call(loaded), expected, 8)
+
+
+class Apart(nn.Module):
+    """Whose keys are of another size, so that the projections have weights of their own."""
+
+    def __init__(self, size: int = 6):
+        super().__init__()
+        torch.manual_seed(0)
+        self.attn = nn.MultiheadAttention(8, 2, kdim=size, vdim=size)
+
+
+@pytest.fixture(scope="module")
+def of_parts(tmp_path_factory) -> tuple[nn.Module, list[Path]]:
+    folder, model = tmp_path_factory.mktemp("parts"), Apart()
+    targets = ["attn"], ["q_proj"], ["out_proj"], ["k_proj", "out_proj"], ["v_proj"]
+    return model, [
+        saved(model, folder / t[0] / t[-1], LoRAConfig(r=2, targets=t), seed=i) for i, t in enumerate(targets)
+    ]
+
+
+def test_an_attention_of_separate_projections(of_parts, tmp_path):
+    """One file has a projection, which the next shows to be an attention's; in any order."""
+    model, paths = of_parts
+    each = {path: changes(model, path) for path in paths}
+    for some in (*permutations(paths, 2), paths[1:], paths[::-1]):
+        peftkit.combine([(path, i + 1.0) for i, path in enumerate(some)], tmp_path / "out")
+        expected = summed([(each[path], i + 1.0) for i, path in enumerate(some)])
+        assert far(changes(model, tmp_path / "out"), expected) < 4 * EPS, some
+
+
+def test_attentions_that_are_no_one_models(of_parts, tmp_path):
+    whole = Apart(size=8)
+    a = saved(whole, tmp_path / "a", LoRAConfig(r=2, targets=["in_proj"]))
+    with pytest.raises(StorageError, match=r"has attn\.k_proj_weight, .* separate, the other attn\.in_proj_weight"):
+        peftkit.combine([(a, 1.0), (of_parts[1][3], 1.0)], tmp_path / "out")
 
 
 def test_the_base_is_remembered(tmp_path):
