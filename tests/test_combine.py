@@ -267,9 +267,26 @@ def test_what_cannot_be_added_is_refused(tmp_path):
     ]:
         with pytest.raises(StorageError, match=words):
             peftkit.combine(parts, tmp_path / "out")
-    peftkit.combine([(a, 0.0), (b, 1.0)], tmp_path / "out")  # left out with its head
-    assert not any("classifier" in k for k in tensors_of(tmp_path / "out"))
     assert not list(tmp_path.glob(".*"))
+
+
+def test_of_weight_zero(tmp_path):
+    """As if it were not there, whatever it is; but the draws of those after it stay."""
+    _, a, b = with_head(tmp_path)
+    others = [
+        a,  # with its head
+        saved(small(), tmp_path / "c", DoRAConfig(r=2, targets="0")),
+        saved(bert(seed=1), tmp_path / "d", LoRAConfig(r=2, targets="value")),
+        tmp_path / "nowhere",
+    ]
+    peftkit.combine(b, tmp_path / "alone")
+    peftkit.combine([*((path, 0.0) for path in others), (b, 1.0)], tmp_path / "out")
+    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "alone")
+    dare = {"how": "dare", "r": "full", "density": 0.5}
+    for name, first in (("zero", 0.0), ("tiny", 1e-30)):
+        peftkit.combine([(b, first), (b, 1.0)], tmp_path / name, **dare)
+    model = bert()
+    assert far(changes(model, tmp_path / "zero"), changes(model, tmp_path / "tiny")) < 2e-6
 
 
 def test_a_pair_inside_of_what_is_whole(tmp_path):

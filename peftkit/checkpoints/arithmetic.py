@@ -58,7 +58,7 @@ def combine(
 
     Sites are those of all adapters together; where one has none, its change there is zero. A negative weight subtracts,
     and one adapter alone is scaled. What an adapter stores whole, modules and rows of `also_train`, is taken over from
-    an adapter of weight 1, if no other has anything there; one of weight 0 is left out altogether.
+    an adapter of weight 1, if no other has anything there; one of weight 0 is left out altogether, and not read.
 
     Args:
         adapters: directories with weights, 1 where none is given; a sequence may name a directory more than once.
@@ -89,16 +89,16 @@ def combine(
         ValueError: a weight that is not finite, weights that are all zero, an unknown `how`, settings that do not go
             with it. TypeError: `adapters` of another kind.
     """
-    named = weighted(adapters)
-    if not any(weight for _, weight in named):
+    named = {i: (path, weight) for i, (path, weight) in enumerate(weighted(adapters)) if weight}
+    if not named:
         raise ValueError("adapters: at least one with a weight other than 0; nothing else is left to write")
     _check_settings(how, r, density, iterations)
     check_dtype(dtype)
-    read = [storage.read(path) for path, _ in named]
-    weights = [weight for _, weight in named]
+    read = [storage.read(path) for path, _ in named.values()]
+    weights = [weight for _, weight in named.values()]
     _check_bases(read)
     found = implied(read)
-    terms = _terms(found, weights)
+    terms = _terms(found, list(named), weights)
     kept = _kept(found, read, weights, terms)
     sites = found.sites
     if how == "concatenate":
@@ -165,13 +165,13 @@ def _origin(read: Sequence[Stored]) -> Origin:
     return Origin(joined(bases) if bases else fingerprint({}), common("base_model_name_or_path"), common("task_type"))
 
 
-def _terms(found: Implied, weights: Sequence[float]) -> dict[str, list[Term]]:
+def _terms(found: Implied, numbers: Sequence[int], weights: Sequence[float]) -> dict[str, list[Term]]:
     """By site, in the model's order."""
     terms: dict[str, list[Term]] = {}
     for site in found.everything:
         at = [
             Term(i, weight, pairs[site.name])
-            for i, (pairs, weight) in enumerate(zip(found.pairs, weights, strict=True))
+            for i, pairs, weight in zip(numbers, found.pairs, weights, strict=True)
             if site.name in pairs
         ]
         if at := [term for term in at if term.factor]:
@@ -188,7 +188,7 @@ def _kept(
     kept: dict[str, InPlace] = {}
     whose: dict[str, Stored] = {}
     for held, stored, weight in zip(found.kept, read, weights, strict=True):
-        for name, adapter in held.items() if weight else ():
+        for name, adapter in held.items():
             if weight != 1:
                 raise StorageError(
                     f"{stored.path} stores {name!r} whole, which cannot be taken times {weight:g}: a sum with what the "
