@@ -68,7 +68,8 @@ def combine(
               B, which is rounded once; not even that where all `w · s` are equal or differ by powers of 2.
             - `"svd"`: the nearest matrix of rank `r` (Eckart–Young), without computing ΔW.
             - `"ties"` (arXiv 2306.01708): each ΔW trimmed to its largest `density`, times its weight; at each place
-              the mean of those that have the sign of the sum. Equal weights are the paper's λ.
+              the mean of those that have the sign of their sum. Equal weights are the paper's λ; of others, which it
+              does not have, peft elects the sign before it takes them times their weights.
             - `"dare"` (arXiv 2311.03099): of each ΔW a random `density` stays, divided by it, then the weighted sum.
             - `"dare_ties"`: DARE, then TIES' signs and mean in place of the sum.
 
