@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial, reduce
@@ -23,7 +24,7 @@ from peftkit.dtypes import check_dtype
 from peftkit.hosts import Host
 from peftkit.storage import Origin, StorageError, Stored
 from peftkit.storage.fingerprint import disagreeing, fingerprint, joined
-from peftkit.targets import PerSite, nearest
+from peftkit.targets import PerSite
 
 Rank = int | Mapping[str, int] | str
 
@@ -88,12 +89,12 @@ def combine(
         StorageError: an adapter that cannot be read, is no LoRA, or is relative to values of its base; adapters of
             different bases or sizes; what is stored whole and cannot be added.
         ValueError: a weight that is not finite, weights that are all zero, an unknown `how`, settings that do not go
-            with it. TypeError: `adapters` of another kind.
+            with it. TypeError: `adapters` or `seed` of another kind.
     """
     named = {i: (path, weight) for i, (path, weight) in enumerate(weighted(adapters)) if weight}
     if not named:
         raise ValueError("adapters: at least one with a weight other than 0; nothing else is left to write")
-    _check_settings(how, r, density, iterations)
+    _check_settings(how, r, density, seed, iterations)
     check_dtype(dtype)
     read = [storage.read(path) for path, _ in named.values()]
     weights = [weight for _, weight in named.values()]
@@ -125,9 +126,11 @@ def combine(
 # -- what is asked for ---------------------------------------------------------------------------------------------------
 
 
-def _check_settings(how: str, r: Rank | None, density: float | None, iterations: int | None) -> None:
+def _check_settings(how: str, r: Rank | None, density: float | None, seed: int, iterations: int | None) -> None:
     if how not in HOWS:
-        raise ValueError(f"how: one of {', '.join(map(repr, HOWS))}, not {how!r}{nearest(how, HOWS)}")
+        close = difflib.get_close_matches(str(how).lower(), HOWS, n=1)
+        meant = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"how: expected one of {', '.join(map(repr, HOWS))}, not {how!r}{meant}")
     dense = how not in ("concatenate", "svd")
     if how == "concatenate" and r is not None:
         raise ValueError(f"r={r!r}: a concatenation has the ranks of all together; how='svd' cuts it to a rank")
@@ -140,6 +143,8 @@ def _check_settings(how: str, r: Rank | None, density: float | None, iterations:
         raise ValueError(f"density={density!r}: how={how!r} leaves nothing out; 'ties', 'dare' and 'dare_ties' do")
     if dense and (density is None or not 0 < density <= 1):
         raise ValueError(f"how={how!r} needs density, the share that stays, in (0, 1], not {density!r}")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed: an integer, which the same draws come of again, not {seed!r}")
     if not dense and iterations is not None:
         raise ValueError(f"iterations={iterations!r}: how={how!r} decomposes small matrices alone, and exactly")
     lowrank.check_iterations(iterations)
