@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -124,6 +125,19 @@ def test_what_lies_outside_is_kept_whole_or_said(tmp_path):
     with torch.no_grad():
         loaded.bert.encoder.layer[1].attention.self.query.bias.add_(0.5)
     assert close(call(loaded), call(other), 8)
+
+
+def test_what_lies_outside_and_is_not_finite(tmp_path):
+    base = nn.Sequential(nn.Linear(3, 4))
+    one, two = written(base, tmp_path / "base"), written(tuned(base, "0", r=1), tmp_path / "tuned")
+    _change(one, **{"0.bias": torch.tensor([0.0, 0.0, math.nan, 0.0])})
+    _change(two, **{"0.bias": torch.tensor([0.0, math.nan, math.nan, 0.5])})
+    (left,) = (report := peftkit.extract(one, two, tmp_path / "out", r=1)).left_out
+    assert math.isnan(left.largest) and math.isnan(left.whole)
+    plain = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert plain["left_out"] == [{"tensor": "0.bias", "largest": None, "whole": None}]
+    _change(two, **{"0.bias": torch.tensor([0.0, 0.0, math.nan, 0.0])})
+    assert not peftkit.extract(one, two, tmp_path / "out", r=1).left_out
 
 
 def test_a_new_head(tmp_path):

@@ -15,6 +15,7 @@ from peftkit import also_train as also_trained
 from peftkit import building
 from peftkit.checkpoints import lowrank
 from peftkit.checkpoints.approximation import Approximation, LeftOut, Nearness
+from peftkit.checkpoints.blockwise import compared
 from peftkit.checkpoints.computed import Matrices, as_stored, write
 from peftkit.checkpoints.files import Checkpoint, open_checkpoint
 from peftkit.checkpoints.fitting import TRANSPOSED, put
@@ -34,7 +35,6 @@ _EMBEDDING = re.compile(
     r"(?!patch_)(.*_)?embed(ding)?s?|embed_(in|tokens|positions|tokens_per_layer)|wte|wpe|shared|relative_attention_bias"
 )
 _CONV1D = frozenset({"c_attn", "q_attn", "c_proj", "c_fc"})
-_BLOCK = 1 << 22  # numbers compared at a time
 
 
 @torch.no_grad()
@@ -271,11 +271,6 @@ def _pairs(host: Host, d: Tensor, r: int, iterations: int | None) -> list[lowran
 
 
 def _left_out(first: Checkpoint, second: Checkpoint, key: str) -> LeftOut | None:
-    """How a tensor that is no target differs; None where it does not."""
-    before, after = first.tensor(key).reshape(-1), second.tensor(key).reshape(-1)
-    largest = whole = 0.0
-    for one, other in zip(before.split(_BLOCK), after.split(_BLOCK), strict=True):
-        if one.dtype != other.dtype or not torch.equal(one, other):
-            apart = other.double() - one.double()
-            largest, whole = max(largest, float(apart.abs().max())), whole + float(apart.square().sum())
-    return LeftOut(key, largest, whole) if whole else None
+    """How a tensor that is no target differs; None where it does not, but for its dtype."""
+    found = compared(first.tensor(key), second.tensor(key))
+    return None if found.equal else LeftOut(key, found.largest, found.apart)
