@@ -62,7 +62,7 @@ CONFIGS = st.builds(
 )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(parts=st.lists(st.tuples(CONFIGS, WEIGHTS), min_size=1, max_size=4))
 def test_a_concatenation_is_the_sum_whatever_its_parts(parts, tmp_path_factory):
     """Every product is B times one rounding of fp32; where weights are as good as zero, the error is absolute."""

@@ -22,7 +22,7 @@ from peftkit import DoRAConfig, IA3Config, LoRAConfig, StorageError, VeRAConfig
 from peftkit.checkpoints import blockwise
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     r=st.tuples(st.integers(1, 5), st.integers(1, 5)),
     alpha=st.floats(0.1, 30),
