@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from itertools import permutations
 from pathlib import Path
 
 import pytest
@@ -61,7 +62,7 @@ CONFIGS = st.builds(
 )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(parts=st.lists(st.tuples(CONFIGS, WEIGHTS), min_size=1, max_size=4))
 def test_a_concatenation_is_the_sum_whatever_its_parts(parts, tmp_path_factory):
     """Every product is B times one rounding of fp32; where weights are as good as zero, the error is absolute."""
@@ -169,6 +170,41 @@ def test_groups_that_peft_has_crossed(tmp_path):
         assert close(call(loaded), expected, 8)
 
 
+class Apart(nn.Module):
+    """Whose keys are of another size, so that the projections have weights of their own."""
+
+    def __init__(self, size: int = 6):
+        super().__init__()
+        torch.manual_seed(0)
+        self.attn = nn.MultiheadAttention(8, 2, kdim=size, vdim=size)
+
+
+@pytest.fixture(scope="module")
+def of_parts(tmp_path_factory) -> tuple[nn.Module, list[Path]]:
+    folder, model = tmp_path_factory.mktemp("parts"), Apart()
+    targets = ["attn"], ["q_proj"], ["out_proj"], ["k_proj", "out_proj"], ["v_proj"]
+    return model, [
+        saved(model, folder / t[0] / t[-1], LoRAConfig(r=2, targets=t), seed=i) for i, t in enumerate(targets)
+    ]
+
+
+def test_an_attention_of_separate_projections(of_parts, tmp_path):
+    """One file has a projection, which the next shows to be an attention's; in any order."""
+    model, paths = of_parts
+    each = {path: changes(model, path) for path in paths}
+    for some in (*permutations(paths, 2), paths[1:], paths[::-1]):
+        peftkit.combine([(path, i + 1.0) for i, path in enumerate(some)], tmp_path / "out")
+        expected = summed([(each[path], i + 1.0) for i, path in enumerate(some)])
+        assert far(changes(model, tmp_path / "out"), expected) < 4 * EPS, some
+
+
+def test_attentions_that_are_no_one_models(of_parts, tmp_path):
+    whole = Apart(size=8)
+    a = saved(whole, tmp_path / "a", LoRAConfig(r=2, targets=["in_proj"]))
+    with pytest.raises(StorageError, match=r"has attn\.k_proj_weight, .* separate, the other attn\.in_proj_weight"):
+        peftkit.combine([(a, 1.0), (of_parts[1][3], 1.0)], tmp_path / "out")
+
+
 def test_the_base_is_remembered(tmp_path):
     """It loads on the base that both are of, and on no other."""
     model = small()
@@ -231,9 +267,26 @@ def test_what_cannot_be_added_is_refused(tmp_path):
     ]:
         with pytest.raises(StorageError, match=words):
             peftkit.combine(parts, tmp_path / "out")
-    peftkit.combine([(a, 0.0), (b, 1.0)], tmp_path / "out")  # left out with its head
-    assert not any("classifier" in k for k in tensors_of(tmp_path / "out"))
     assert not list(tmp_path.glob(".*"))
+
+
+def test_of_weight_zero(tmp_path):
+    """As if it were not there, whatever it is; but the draws of those after it stay."""
+    _, a, b = with_head(tmp_path)
+    others = [
+        a,  # with its head
+        saved(small(), tmp_path / "c", DoRAConfig(r=2, targets="0")),
+        saved(bert(seed=1), tmp_path / "d", LoRAConfig(r=2, targets="value")),
+        tmp_path / "nowhere",
+    ]
+    peftkit.combine(b, tmp_path / "alone")
+    peftkit.combine([*((path, 0.0) for path in others), (b, 1.0)], tmp_path / "out")
+    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "alone")
+    dare = {"how": "dare", "r": "full", "density": 0.5}
+    for name, first in (("zero", 0.0), ("tiny", 1e-30)):
+        peftkit.combine([(b, first), (b, 1.0)], tmp_path / name, **dare)
+    model = bert()
+    assert far(changes(model, tmp_path / "zero"), changes(model, tmp_path / "tiny")) < 2e-6
 
 
 def test_a_pair_inside_of_what_is_whole(tmp_path):
@@ -275,7 +328,10 @@ def test_another_base_or_size_is_refused(tmp_path):
         (ValueError, "none is given", [], {}),
         (TypeError, "directories, or pairs", [3], {}),
         (TypeError, "directories, or pairs", [("a", 1.0, 2.0)], {}),
-        (ValueError, "did you mean 'ties'", [("a", 1.0)], {"how": "tie"}),
+        (ValueError, r"how: expected one of .*, not 'tie'; did you mean 'ties'\?", [("a", 1.0)], {"how": "tie"}),
+        (ValueError, r"not 'SVD'; did you mean 'svd'\?", [("a", 1.0)], {"how": "SVD"}),
+        (ValueError, "'dare_ties', not 'x'$", [("a", 1.0)], {"how": "x"}),
+        (TypeError, "seed: an integer", [("a", 1.0)], {"how": "dare", "r": 4, "density": 0.5, "seed": None}),
         (ValueError, "needs a rank", [("a", 1.0)], {"how": "svd"}),
         (ValueError, "at least 1", [("a", 1.0)], {"how": "svd", "r": 0}),
         (ValueError, "ranks of all together", [("a", 1.0)], {"r": 4}),

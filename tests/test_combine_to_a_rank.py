@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -144,6 +145,35 @@ def test_ties_is_the_papers(density, three, tmp_path):
     assert cut.sites[0].lost == pytest.approx(float(sigma[4:].square().sum()), rel=1e-4)
 
 
+def weighted_last(deltas: list[np.ndarray], weights: list[float], density: float) -> np.ndarray:
+    """As peft orders the steps: the sign is that of the sum without weights."""
+    kept = [ties([d], [1.0], density) for d in deltas]
+    sign = np.where(sum(kept) >= 0, 1, -1)
+    agree = [np.sign(k) == sign for k in kept]
+    total = sum(w * k * a for w, k, a in zip(weights, kept, agree, strict=True))
+    return total / np.maximum(sum(agree), 1)
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (0.5, 0.5), (0.7, 0.3), (1.0, -1.0)])
+def test_ties_beside_pefts(weights, tmp_path):
+    """Equal weights: the same. Others: peft elects signs before it weights, peftkit after."""
+    model, names = small(), ("a", "b")
+    paths = [saved(model, tmp_path / n, LoRAConfig(r=3, alpha=5, targets="0"), seed=i) for i, n in enumerate(names)]
+    theirs: Any = peft_model(copy.deepcopy(model), paths[0], adapter_name="a")
+    theirs.load_adapter(paths[1], adapter_name="b")
+    theirs.add_weighted_adapter(
+        list(names), list(weights), "both", combination_type="ties_svd", density=0.5, svd_rank=6
+    )
+    of_peft = theirs.base_model.model[0].get_delta_weight("both").detach().double()
+    peftkit.combine(list(zip(paths, weights, strict=True)), tmp_path / "out", how="ties", density=0.5, r="full")
+    of_peftkit = changes(model, tmp_path / "out")["0.weight"]
+    deltas = [changes(model, path)["0.weight"].numpy() for path in paths]
+    for found, formula in ((of_peftkit, ties), (of_peft, weighted_last)):
+        assert far({"": found}, {"": torch.tensor(formula(deltas, list(weights), 0.5))}) < 2e-6
+    apart = float((of_peftkit - of_peft).norm() / of_peft.norm())
+    assert apart < 2e-6 if weights[0] == weights[1] else apart > 0.1
+
+
 @pytest.mark.parametrize("make", [conv, Attending])
 @pytest.mark.parametrize("how", ["ties", "dare"])
 def test_nothing_left_out_is_the_sum_on_other_hosts(how, make, tmp_path):
@@ -171,7 +201,7 @@ def test_dare_drops_and_rescales(density, three, tmp_path):
     model, parts = three
     path, weight = parts[0]
     d = weight * changes(model, path)["0.weight"]
-    total, n = torch.zeros_like(d), 25
+    total, n = torch.zeros_like(d), 12
     for seed in range(n):
         peftkit.combine(parts[:1], tmp_path / "out", how="dare", r="full", density=density, seed=seed)
         found = changes(model, tmp_path / "out")["0.weight"]

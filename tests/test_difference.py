@@ -19,9 +19,10 @@ from torch import nn
 
 import peftkit
 from peftkit import DoRAConfig, IA3Config, LoRAConfig, StorageError, VeRAConfig
+from peftkit.checkpoints import blockwise
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     r=st.tuples(st.integers(1, 5), st.integers(1, 5)),
     alpha=st.floats(0.1, 30),
@@ -154,10 +155,50 @@ def test_checkpoints(tmp_path):
     assert (found.kind, found.only_a, found.only_b) == ("checkpoints", ["gone"], ["new"])
     by_name = {c.name: c for c in found.common}
     assert by_name["w"].largest == 0.5 and by_name["w"].distance == pytest.approx(0.5 / float(x.norm()))
-    assert by_name["same"].same and by_name["ids"].same and by_name["z"].distance == math.inf
-    assert "2 of 4 tensors in common are the same" in str(found) and "gone" in str(found)
+    assert by_name["ids"].same and by_name["z"].distance == math.inf
+    same = by_name["same"]  # in its numbers alone
+    assert not same.same and same.distance == same.largest == 0 and same.dtypes == ("float32", "bfloat16")
+    assert "1 of 4 tensors in common are the same" in str(found) and "float32 → bfloat16" in str(found)
+    assert "float32 → float32" not in str(found) and "gone" in str(found)
     plain = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert plain["common"][-1]["distance"] is None and plain["only_a"] == ["gone"] and not plain["same"]
+
+
+def test_numbers_that_are_not_finite(tmp_path):
+    """Equal where their bits are, and nothing that hides a difference."""
+    x = torch.tensor([1.0, math.nan, math.inf, -2.0])
+    y, z = x.clone(), x.clone()
+    y[0], z[1] = 5, 3
+    tensors = {
+        **{name: x.clone() for name in ("same", "beside", "there")},
+        "big": torch.tensor([1e200, 1.0], dtype=torch.float64),
+    }
+    a = written(tmp_path / "a", **tensors, small=torch.zeros(2).double(), long=torch.tensor([2**53]))
+    changed = {"beside": y, "there": z, "big": tensors["big"] + torch.tensor([0.0, 1.0])}
+    tiny = torch.tensor([0.0, 1e-200], dtype=torch.float64)
+    b = written(tmp_path / "b", **{**tensors, **changed}, small=tiny, long=torch.tensor([2**53 + 1]))
+    assert peftkit.difference(a, a).same and all(c.largest == c.distance == 0 for c in peftkit.difference(a, a).common)
+    found = peftkit.difference(a, b)
+    assert [c.name for c in found.common if c.same] == ["same"]
+    by_name = {c.name: c for c in found.common}
+    assert all(math.isnan(by_name[name].largest) and math.isnan(by_name[name].distance) for name in ("beside", "there"))
+    assert by_name["big"].largest == 1 and by_name["small"].largest == 1e-200
+    plain = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert {c["name"]: c["largest"] for c in plain["common"]}["there"] is None
+
+
+@settings(max_examples=20, deadline=None)
+@given(rows=st.integers(0, 5), cols=st.integers(0, 7), block=st.integers(1, 9), turned=st.booleans())
+def test_sums_by_blocks(rows, cols, block, turned):
+    torch.manual_seed(rows)
+    a, b = torch.randn(2, rows, cols, dtype=torch.float64)
+    a, b = (a.mT, b.mT.clone()) if turned else (a, b)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(blockwise, "_BLOCK", block)
+        found, norm = blockwise.compared(a, b), blockwise.square_norm(a)
+    expected = (a - b).square().sum(), a.square().sum(), b.square().sum(), (a * b).sum()
+    assert found[:4] == pytest.approx(tuple(map(float, expected))) and norm == pytest.approx(float(expected[1]))
+    assert found.largest == max([0.0, *(a - b).abs().flatten().tolist()]) and found.equal == (not a.numel())
 
 
 def test_mistakes_are_named(tmp_path):

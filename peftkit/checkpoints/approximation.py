@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from peftkit.checkpoints.saying import plain, some
 from peftkit.printing import printed
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-_SHOWN = 8  # of what was left out
 
 
 class Nearness(NamedTuple):
@@ -33,7 +32,7 @@ class Nearness(NamedTuple):
 
 
 class LeftOut(NamedTuple):
-    """A tensor that differs and is in no pair: how far at most in one number, and ‖difference‖²."""
+    """A tensor that differs and is in no pair: how far at most in one number, and ‖difference‖²; NaN where it is NaN."""
 
     tensor: str
     largest: float
@@ -63,14 +62,16 @@ class Approximation:
         return 1.0 - math.fsum(s.lost for s in self.sites) / whole if whole else 1.0
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as JSON can hold it."""
-        return {
-            "path": str(self.path),
-            "kept": self.kept,
-            "sites": [{**s._asdict(), "kept": s.kept} for s in self.sites],
-            "left_out": [t._asdict() for t in self.left_out],
-            "unchanged": list(self.unchanged),
-        }
+        """All of it as JSON can hold it; what is no finite number is None."""
+        return plain(
+            {
+                "path": str(self.path),
+                "kept": self.kept,
+                "sites": [{**s._asdict(), "kept": s.kept} for s in self.sites],
+                "left_out": [t._asdict() for t in self.left_out],
+                "unchanged": list(self.unchanged),
+            }
+        )
 
     def __str__(self) -> str:
         return printed(self)
@@ -92,7 +93,6 @@ class Approximation:
         if self.unchanged:
             lines.append(f"{len(self.unchanged)} targets do not differ and have no pair")
         if self.left_out:
-            names = ", ".join(t.tensor for t in self.left_out[:_SHOWN])
-            more = f" and {len(self.left_out) - _SHOWN} more" if len(self.left_out) > _SHOWN else ""
-            lines.append(f"{len(self.left_out)} tensors differ and are not in the adapter: {names}{more}")
+            names = some([t.tensor for t in self.left_out])
+            lines.append(f"{len(self.left_out)} tensors differ and are not in the adapter: {names}")
         return "\n".join(lines)

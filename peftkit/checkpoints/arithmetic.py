@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial, reduce
@@ -23,7 +24,7 @@ from peftkit.dtypes import check_dtype
 from peftkit.hosts import Host
 from peftkit.storage import Origin, StorageError, Stored
 from peftkit.storage.fingerprint import disagreeing, fingerprint, joined
-from peftkit.targets import PerSite, nearest
+from peftkit.targets import PerSite
 
 Rank = int | Mapping[str, int] | str
 
@@ -58,7 +59,7 @@ def combine(
 
     Sites are those of all adapters together; where one has none, its change there is zero. A negative weight subtracts,
     and one adapter alone is scaled. What an adapter stores whole, modules and rows of `also_train`, is taken over from
-    an adapter of weight 1, if no other has anything there; one of weight 0 is left out altogether.
+    an adapter of weight 1, if no other has anything there; one of weight 0 is left out altogether, and not read.
 
     Args:
         adapters: directories with weights, 1 where none is given; a sequence may name a directory more than once.
@@ -68,7 +69,8 @@ def combine(
               B, which is rounded once; not even that where all `w · s` are equal or differ by powers of 2.
             - `"svd"`: the nearest matrix of rank `r` (Eckart–Young), without computing ΔW.
             - `"ties"` (arXiv 2306.01708): each ΔW trimmed to its largest `density`, times its weight; at each place
-              the mean of those that have the sign of the sum. Equal weights are the paper's λ.
+              the mean of those that have the sign of their sum. Equal weights are the paper's λ; of others, which it
+              does not have, peft elects the sign before it takes them times their weights.
             - `"dare"` (arXiv 2311.03099): of each ΔW a random `density` stays, divided by it, then the weighted sum.
             - `"dare_ties"`: DARE, then TIES' signs and mean in place of the sum.
 
@@ -87,18 +89,18 @@ def combine(
         StorageError: an adapter that cannot be read, is no LoRA, or is relative to values of its base; adapters of
             different bases or sizes; what is stored whole and cannot be added.
         ValueError: a weight that is not finite, weights that are all zero, an unknown `how`, settings that do not go
-            with it. TypeError: `adapters` of another kind.
+            with it. TypeError: `adapters` or `seed` of another kind.
     """
-    named = weighted(adapters)
-    if not any(weight for _, weight in named):
+    named = {i: (path, weight) for i, (path, weight) in enumerate(weighted(adapters)) if weight}
+    if not named:
         raise ValueError("adapters: at least one with a weight other than 0; nothing else is left to write")
-    _check_settings(how, r, density, iterations)
+    _check_settings(how, r, density, seed, iterations)
     check_dtype(dtype)
-    read = [storage.read(path) for path, _ in named]
-    weights = [weight for _, weight in named]
+    read = [storage.read(path) for path, _ in named.values()]
+    weights = [weight for _, weight in named.values()]
     _check_bases(read)
     found = implied(read)
-    terms = _terms(found, weights)
+    terms = _terms(found, list(named), weights)
     kept = _kept(found, read, weights, terms)
     sites = found.sites
     if how == "concatenate":
@@ -124,9 +126,11 @@ def combine(
 # -- what is asked for ---------------------------------------------------------------------------------------------------
 
 
-def _check_settings(how: str, r: Rank | None, density: float | None, iterations: int | None) -> None:
+def _check_settings(how: str, r: Rank | None, density: float | None, seed: int, iterations: int | None) -> None:
     if how not in HOWS:
-        raise ValueError(f"how: one of {', '.join(map(repr, HOWS))}, not {how!r}{nearest(how, HOWS)}")
+        close = difflib.get_close_matches(str(how).lower(), HOWS, n=1)
+        meant = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"how: expected one of {', '.join(map(repr, HOWS))}, not {how!r}{meant}")
     dense = how not in ("concatenate", "svd")
     if how == "concatenate" and r is not None:
         raise ValueError(f"r={r!r}: a concatenation has the ranks of all together; how='svd' cuts it to a rank")
@@ -139,6 +143,8 @@ def _check_settings(how: str, r: Rank | None, density: float | None, iterations:
         raise ValueError(f"density={density!r}: how={how!r} leaves nothing out; 'ties', 'dare' and 'dare_ties' do")
     if dense and (density is None or not 0 < density <= 1):
         raise ValueError(f"how={how!r} needs density, the share that stays, in (0, 1], not {density!r}")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed: an integer, which the same draws come of again, not {seed!r}")
     if not dense and iterations is not None:
         raise ValueError(f"iterations={iterations!r}: how={how!r} decomposes small matrices alone, and exactly")
     lowrank.check_iterations(iterations)
@@ -165,13 +171,13 @@ def _origin(read: Sequence[Stored]) -> Origin:
     return Origin(joined(bases) if bases else fingerprint({}), common("base_model_name_or_path"), common("task_type"))
 
 
-def _terms(found: Implied, weights: Sequence[float]) -> dict[str, list[Term]]:
+def _terms(found: Implied, numbers: Sequence[int], weights: Sequence[float]) -> dict[str, list[Term]]:
     """By site, in the model's order."""
     terms: dict[str, list[Term]] = {}
     for site in found.everything:
         at = [
             Term(i, weight, pairs[site.name])
-            for i, (pairs, weight) in enumerate(zip(found.pairs, weights, strict=True))
+            for i, pairs, weight in zip(numbers, found.pairs, weights, strict=True)
             if site.name in pairs
         ]
         if at := [term for term in at if term.factor]:
@@ -188,7 +194,7 @@ def _kept(
     kept: dict[str, InPlace] = {}
     whose: dict[str, Stored] = {}
     for held, stored, weight in zip(found.kept, read, weights, strict=True):
-        for name, adapter in held.items() if weight else ():
+        for name, adapter in held.items():
             if weight != 1:
                 raise StorageError(
                     f"{stored.path} stores {name!r} whole, which cannot be taken times {weight:g}: a sum with what the "

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from peftkit import storage
 from peftkit.checkpoints import lowrank
+from peftkit.checkpoints.blockwise import compared
 from peftkit.checkpoints.files import open_checkpoint
 from peftkit.checkpoints.implied import Pair, implied
+from peftkit.checkpoints.saying import plain, some
 from peftkit.methods.lora import LoRAConfig
 from peftkit.printing import printed
 from peftkit.storage import Stored, layout
@@ -26,8 +28,6 @@ if TYPE_CHECKING:
     from rich.console import Group
 
 T = TypeVar("T")
-_BLOCK = 1 << 20  # numbers compared at a time
-_SHOWN = 8
 
 
 class Apart(NamedTuple):
@@ -35,20 +35,21 @@ class Apart(NamedTuple):
 
     Attributes:
         name: of the site, or of the tensor.
-        distance: ‖a − b‖ / ‖a‖, in the Frobenius norm; infinite where a is zero and b is not, NaN where shapes differ.
-        cosine: ⟨a, b⟩ / ‖a‖‖b‖; NaN where one of them is zero, or shapes differ.
-        largest: the largest difference of one number; NaN for changes, which are not computed dense.
+        distance: ‖a − b‖ / ‖a‖, in the Frobenius norm; infinite where a is zero and b is not, NaN where shapes differ or
+            the two differ and a number is not finite.
+        cosine: ⟨a, b⟩ / ‖a‖‖b‖; NaN where one of them is zero, shapes differ or a number is not finite.
+        largest: the largest difference of one number; NaN for changes, which are not computed dense, and where it is.
+        same: whether nothing differs: of tensors neither a number nor the dtype, where NaN is the same as NaN of the
+            same bits. Of changes nothing but what they do to the weight counts.
+        dtypes: of tensors, both by name.
     """
 
     name: str
     distance: float
     cosine: float
     largest: float = math.nan
-
-    @property
-    def same(self) -> bool:
-        """Whether nothing differs."""
-        return self.distance == 0
+    same: bool = False
+    dtypes: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -80,21 +81,19 @@ class Difference:
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as JSON can hold it; what is no finite number is None."""
-
-        def plain(value: Any) -> Any:
-            return None if isinstance(value, float) and not math.isfinite(value) else value
-
-        return {
-            "a": str(self.a),
-            "b": str(self.b),
-            "kind": self.kind,
-            "same": self.same,
-            "settings": {key: list(values) for key, values in self.settings.items()},
-            "only_a": list(self.only_a),
-            "only_b": list(self.only_b),
-            "common": [{key: plain(value) for key, value in c._asdict().items()} for c in self.common],
-            "bases": list(self.bases),
-        }
+        return plain(
+            {
+                "a": str(self.a),
+                "b": str(self.b),
+                "kind": self.kind,
+                "same": self.same,
+                "settings": dict(self.settings),
+                "only_a": list(self.only_a),
+                "only_b": list(self.only_b),
+                "common": [c._asdict() for c in self.common],
+                "bases": list(self.bases),
+            }
+        )
 
     def __str__(self) -> str:
         return printed(self)
@@ -113,10 +112,10 @@ class Difference:
         if apart:
             table = Table()
             table.add_column("where", overflow="fold")
-            for title in ("‖a − b‖ / ‖a‖", "cosine", "largest difference"):
+            for title in ("‖a − b‖ / ‖a‖", "cosine", "largest difference", "dtypes"):
                 table.add_column(title, justify="right")
             for c in apart:
-                table.add_row(c.name or "(the model)", *map(_shown, (c.distance, c.cosine, c.largest)))
+                table.add_row(c.name or "(the model)", *map(_shown, (c.distance, c.cosine, c.largest)), _dtypes(c))
             parts.append(table)
         return Group(*parts, self.summary())
 
@@ -127,9 +126,9 @@ class Difference:
         lines = [f"{alike} of {len(self.common)} {what} in common are the same"]
         for where, names in ((f"in {self.a} alone", self.only_a), (f"in {self.b} alone", self.only_b)):
             if names:
-                lines.append(f"{len(names)} {where}: {_some(names)}")
+                lines.append(f"{len(names)} {where}: {some(names)}")
         if self.bases:
-            lines.append(f"saved from different bases: the weights of {_some(self.bases)} differ")
+            lines.append(f"saved from different bases: the weights of {some(self.bases)} differ")
         return "\n".join(lines)
 
 
@@ -206,7 +205,7 @@ def _unpaired(stored: Stored) -> dict[str, Tensor]:
 
 def _changes_apart(name: str, one: Pair, other: Pair) -> Apart:
     if one.scale == other.scale and _equal(one.a, other.a) and _equal(one.b, other.b):
-        return Apart(name, 0.0, 1.0 if one.b.any() and one.a.any() else math.nan)
+        return Apart(name, 0.0, 1.0 if one.b.any() and one.a.any() else math.nan, same=True)
     left, right = ([(a, b * p.scale) for a, b in p.matrices(wide=True)] for p in (one, other))
     if [(a.shape[1], len(b)) for a, b in left] != [(a.shape[1], len(b)) for a, b in right]:
         return Apart(name, math.nan, math.nan)
@@ -216,7 +215,7 @@ def _changes_apart(name: str, one: Pair, other: Pair) -> Apart:
         size += lowrank.of_product(b1, a1, None).whole
         other_size += lowrank.of_product(b2, a2, None).whole
         product += lowrank.inner((a1, b1), (a2, b2))
-    return Apart(name, *_measures(apart, size, other_size, product))
+    return Apart(name, *_measures(apart, size, other_size, product), same=apart == 0)
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
@@ -224,15 +223,14 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 
 
 def _tensors_apart(name: str, one: Tensor, other: Tensor) -> Apart:
+    dtypes = str(one.dtype).removeprefix("torch."), str(other.dtype).removeprefix("torch.")
     if one.shape != other.shape:
-        return Apart(name, math.nan, math.nan)
-    apart = size = other_size = product = largest = 0.0
-    for x, y in zip(one.reshape(-1).split(_BLOCK), other.reshape(-1).split(_BLOCK), strict=True):
-        x, y = x.double(), y.double()
-        d = x - y
-        apart, largest = apart + float(d @ d), max(largest, float(d.abs().max()) if len(d) else 0.0)
-        size, other_size, product = size + float(x @ x), other_size + float(y @ y), product + float(x @ y)
-    return Apart(name, *_measures(apart, size, other_size, product), largest)
+        return Apart(name, math.nan, math.nan, dtypes=dtypes)
+    found = compared(one, other)
+    measures = _measures(found.apart, found.a, found.b, found.product)
+    if found.equal:
+        measures = 0.0, measures[1]  # of infinite norms it would be NaN
+    return Apart(name, *measures, found.largest, found.equal and dtypes[0] == dtypes[1], dtypes)
 
 
 def _measures(apart: float, size: float, other: float, product: float) -> tuple[float, float]:
@@ -246,6 +244,5 @@ def _shown(value: float) -> str:
     return "" if math.isnan(value) else f"{value:.4g}"
 
 
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
+def _dtypes(apart: Apart) -> str:
+    return " → ".join(apart.dtypes) if apart.dtypes and apart.dtypes[0] != apart.dtypes[1] else ""

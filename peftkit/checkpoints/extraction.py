@@ -15,6 +15,7 @@ from peftkit import also_train as also_trained
 from peftkit import building
 from peftkit.checkpoints import lowrank
 from peftkit.checkpoints.approximation import Approximation, LeftOut, Nearness
+from peftkit.checkpoints.blockwise import compared
 from peftkit.checkpoints.computed import Matrices, as_stored, write
 from peftkit.checkpoints.files import Checkpoint, open_checkpoint
 from peftkit.checkpoints.fitting import TRANSPOSED, put
@@ -30,9 +31,10 @@ from peftkit.storage.fingerprint import fingerprint, joined
 from peftkit.targets import Pattern, Patterns, PerSite, TargetError, Targets, nearest
 
 # a file does not say what looks a row up and what multiplies: the customary names of embeddings, and of Conv1Ds
-_EMBEDDING = re.compile(r"(?!embed_out$)(.*embed.*|wte|wpe|shared|relative_attention_bias)")
+_EMBEDDING = re.compile(
+    r"(?!patch_)(.*_)?embed(ding)?s?|embed_(in|tokens|positions|tokens_per_layer)|wte|wpe|shared|relative_attention_bias"
+)
 _CONV1D = frozenset({"c_attn", "q_attn", "c_proj", "c_fc"})
-_BLOCK = 1 << 22  # numbers compared at a time
 
 
 @torch.no_grad()
@@ -47,6 +49,7 @@ def extract(
     layers: Iterable[int] | int | None = None,
     also_train: Sequence[str] | str = (),
     ignore: Sequence[Pattern] | Pattern = (),
+    embeddings: Sequence[Pattern] | Pattern | None = None,
     iterations: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> Approximation:
@@ -55,7 +58,7 @@ def extract(
     At each target the nearest pair to `tuned − base` in the Frobenius norm, computed in fp32, or in fp64 where one of the
     two is. No model is built, and one difference is held at a time. What a file cannot say is told by customary names: 2-D
     weights are Linears, but for embeddings and the Conv1Ds of GPT-2's family; convolutions are taken as ungrouped. Where
-    that is wrong, loading says so.
+    that is wrong at a target, `load` refuses the adapter: a tensor is missing, or of another shape.
 
     Args:
         base, tuned: directories of safetensors, single or sharded.
@@ -64,6 +67,7 @@ def extract(
         also_train: patterns of modules that are stored whole, as they are in `tuned`; the one way to take over
             norms, biases and new heads.
         ignore: patterns of modules that one checkpoint may have alone, and that are not looked at.
+        embeddings: patterns of the 2-D weights' modules that are embeddings, and no others; None goes by customary names.
         iterations: None decomposes each difference whole, by gesdd, whose time grows with the cube of its size. A number
             takes torch.svd_lowrank, the randomised method of Halko et al. (arXiv 0909.4061), with that many power
             iterations: for r far below the size much faster, and not the nearest pair but near it; what it loses is
@@ -83,7 +87,8 @@ def extract(
     check_dtype(dtype)
     lowrank.check_iterations(iterations)
     first, second = open_checkpoint(base), open_checkpoint(tuned)
-    root, whole = _skeleton(first, second, Patterns(_listed(also_train)), Patterns(_listed(ignore)))
+    tables = None if embeddings is None else Patterns(_listed(embeddings))
+    root, whole = _skeleton(first, second, Patterns(_listed(also_train)), Patterns(_listed(ignore)), tables)
     everything = walk(root)
     sites = chosen(config, root, everything)
     also = [s for s in everything if s.part is None and s.name in whole]
@@ -124,7 +129,9 @@ def _listed(patterns: Sequence[Pattern] | Pattern) -> Sequence[Pattern]:
 # -- both checkpoints ----------------------------------------------------------------------------------------------------
 
 
-def _skeleton(first: Checkpoint, second: Checkpoint, also: Patterns, ignore: Patterns) -> tuple[nn.Module, set[str]]:
+def _skeleton(
+    first: Checkpoint, second: Checkpoint, also: Patterns, ignore: Patterns, embeddings: Patterns | None
+) -> tuple[nn.Module, set[str]]:
     """The modules of both, and the paths of those that are to be stored whole.
 
     Raises:
@@ -155,7 +162,10 @@ def _skeleton(first: Checkpoint, second: Checkpoint, also: Patterns, ignore: Pat
                 shapes[key] = first.dtype(key), first.shape(key)
     hints = Hints(())
     paths = {key.removesuffix(".weight") for key, (_, s) in shapes.items() if key.endswith(".weight") and len(s) == 2}
-    hints.embeddings = {path for path in paths if _EMBEDDING.fullmatch(path.rpartition(".")[2])}
+    if embeddings is None:
+        hints.embeddings = {path for path in paths if _EMBEDDING.fullmatch(path.rpartition(".")[2])}
+    else:
+        hints.embeddings = _hit("embeddings", embeddings, paths)
     if first.config.get("model_type") in TRANSPOSED:
         hints.transposed = {path for path in paths if path.rpartition(".")[2] in _CONV1D}
     return skeleton(shapes, hints), whole
@@ -170,6 +180,16 @@ def _shape(first: Checkpoint, second: Checkpoint, key: str) -> torch.Size:
 def _matched(field: str, patterns: Patterns, *checkpoints: Checkpoint) -> set[str]:
     """The paths of modules that the patterns match, a block with all that lies in it by its own path alone."""
     paths = {key[:at] for c in checkpoints for key in c.places for at, char in enumerate(key) if char == "."}
+    found = _hit(field, patterns, paths)
+    return {path for path in found if not _lies_in(path, found)}
+
+
+def _hit(field: str, patterns: Patterns, paths: set[str]) -> set[str]:
+    """Those of the paths that the patterns match.
+
+    Raises:
+        TargetError: a pattern that matches none.
+    """
     used: set[object] = set()
     found = set()
     for path in sorted(paths):
@@ -179,7 +199,7 @@ def _matched(field: str, patterns: Patterns, *checkpoints: Checkpoint) -> set[st
     for pattern in patterns.patterns:
         if pattern not in used:
             raise TargetError(f"{field}: {pattern!r} matches no module{nearest(pattern, paths)}")
-    return {path for path in found if not _lies_in(path, found)}
+    return found
 
 
 def _lies_in(key: str, paths: set[str]) -> bool:
@@ -251,11 +271,6 @@ def _pairs(host: Host, d: Tensor, r: int, iterations: int | None) -> list[lowran
 
 
 def _left_out(first: Checkpoint, second: Checkpoint, key: str) -> LeftOut | None:
-    """How a tensor that is no target differs; None where it does not."""
-    before, after = first.tensor(key).reshape(-1), second.tensor(key).reshape(-1)
-    largest = whole = 0.0
-    for one, other in zip(before.split(_BLOCK), after.split(_BLOCK), strict=True):
-        if one.dtype != other.dtype or not torch.equal(one, other):
-            apart = other.double() - one.double()
-            largest, whole = max(largest, float(apart.abs().max())), whole + float(apart.square().sum())
-    return LeftOut(key, largest, whole) if whole else None
+    """How a tensor that is no target differs; None where it does not, but for its dtype."""
+    found = compared(first.tensor(key), second.tensor(key))
+    return None if found.equal else LeftOut(key, found.largest, found.apart)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,8 +73,9 @@ def implied(adapters: Sequence[Stored]) -> Implied:
     """
     shapes: dict[str, tuple[torch.dtype, Sequence[int]]] = {}
     whose: dict[str, Stored] = {}
+    attentions = {path for stored in adapters for path in _attentions(stored)}
     for stored in adapters:
-        for name, (dtype, shape) in _shapes(stored).items():
+        for name, (dtype, shape) in _shapes(stored, attentions).items():
             known = shapes.setdefault(name, (dtype, shape))[1]
             first = whose.setdefault(name, stored)
             if tuple(known) != tuple(shape):
@@ -82,6 +83,8 @@ def implied(adapters: Sequence[Stored]) -> Implied:
                     f"{stored.path} is for a model of another size than {first.path}: it implies {name} of the shape "
                     f"{tuple(shape)}, the other {tuple(known)}"
                 )
+    for path in attentions:
+        _complete(path, shapes, whose)
     hints = Hints(adapters)
     if any(stored.peft.get("fan_in_fan_out") for stored in adapters):
         matrices = {name.removesuffix(".weight") for name, (_, shape) in shapes.items() if len(shape) == 2}
@@ -107,7 +110,13 @@ def _pair(adapter: PairAdapter) -> Pair:
     return Pair(adapter.host, a.detach(), b.detach(), adapter.scale)
 
 
-def _shapes(stored: Stored) -> dict[str, tuple[torch.dtype, Sequence[int]]]:
+def _attentions(stored: Stored) -> set[str]:
+    """Paths of each MultiheadAttention that shows as one: by its output, whose path no other module's has."""
+    paths = map(layout.path_of, stored.sites)
+    return {path.removesuffix(_OUT) for path in paths if path.endswith(_OUT)}
+
+
+def _shapes(stored: Stored, attentions: Container[str]) -> dict[str, tuple[torch.dtype, Sequence[int]]]:
     """Names, dtypes and shapes of the weights that it is for."""
     if not isinstance(stored.config, LoRAConfig):
         raise StorageError(
@@ -117,7 +126,6 @@ def _shapes(stored: Stored) -> dict[str, tuple[torch.dtype, Sequence[int]]]:
         )
     found: dict[str, tuple[torch.dtype, Sequence[int]]] = {}
     paths = {layout.path_of(stem): tensors for stem, tensors in stored.sites.items()}
-    attentions = {path.removesuffix(_OUT) for path in paths if path.endswith(_OUT)}
     for path, tensors in paths.items():
         a, b = _factors(stored, path, tensors)
         weight = _weight(stored, path, a, b)
@@ -131,8 +139,6 @@ def _shapes(stored: Stored) -> dict[str, tuple[torch.dtype, Sequence[int]]]:
         else:
             name = f"{path.replace(_OUT, '.out_proj')}.weight"
         found[name] = b.dtype, weight
-    for path in attentions:
-        _complete(path, found)
     found.update((name, (t.dtype, t.shape)) for name, t in of_whole_modules(stored))
     for key, rows in stored.tensors.items():
         path, _, ending = key[len(layout.PREFIX) :].rpartition(".token_adapter.")
@@ -159,12 +165,22 @@ def _weight(stored: Stored, path: str, a: Tensor, b: Tensor) -> tuple[int, ...]:
     return b.shape[0], a.shape[1] // groups, *a.shape[2:]
 
 
-def _complete(path: str, found: dict[str, tuple[torch.dtype, Sequence[int]]]) -> None:
-    """Give a MultiheadAttention all of its weights, where the adapter has some."""
-    dtype, (size, _) = found[f"{path}.out_proj.weight"]
-    parts = [f"{path}.{part}_weight" for part in _PARTS]
-    if any(part in found for part in parts):
-        for part in parts:
-            found.setdefault(part, (dtype, (size, size)))
-    else:
-        found.setdefault(f"{path}.in_proj_weight", (dtype, (3 * size, size)))
+def _complete(path: str, shapes: dict[str, tuple[torch.dtype, Sequence[int]]], whose: Mapping[str, Stored]) -> None:
+    """Give a MultiheadAttention the weights that no adapter has a pair for, of sizes that nothing depends on.
+
+    Raises:
+        StorageError: one adapter has its projections in one weight, and another in several.
+    """
+    dtype, (size, _) = shapes[f"{path}.out_proj.weight"]
+    whole, parts = f"{path}.in_proj_weight", [f"{path}.{part}_weight" for part in _PARTS]
+    apart = next((part for part in parts if part in shapes), None)
+    if apart is None:
+        shapes.setdefault(whole, (dtype, (3 * size, size)))
+        return
+    if whole in shapes:
+        raise StorageError(
+            f"{whose[apart].path} is for another model than {whose[whole].path}: it has {apart}, of projections that are "
+            f"separate, the other {whole}, which holds all three"
+        )
+    for part in parts:
+        shapes.setdefault(part, (dtype, (size, size)))

@@ -6,11 +6,12 @@ come nearest in the Frobenius norm, and what is lost is the norm of the other si
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from peftkit.checkpoints.blockwise import square_norm
 
 _MORE = 8  # columns beyond the rank that a randomised decomposition draws
 
@@ -75,12 +76,6 @@ def check_iterations(iterations: int | None) -> None:
         raise ValueError(
             f"iterations: a number of power iterations, or None for an exact decomposition, not {iterations!r}"
         )
-
-
-def square_norm(d: Tensor) -> float:
-    """‖d‖² in fp64, a block of rows at a time."""
-    rows = max(1, (1 << 20) // max(1, d[0].numel())) if d.numel() else 1
-    return math.fsum(float(part.double().square().sum()) for part in d.split(rows))
 
 
 def inner(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> float:
