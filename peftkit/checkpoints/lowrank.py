@@ -79,6 +79,7 @@ def check_iterations(iterations: int | None) -> None:
 
 def square_norm(d: Tensor) -> float:
     """‖d‖² in fp64, a block of rows at a time."""
+    d = d.reshape(1) if d.dim() == 0 else d
     rows = max(1, (1 << 20) // max(1, d[0].numel())) if d.numel() else 1
     return math.fsum(float(part.double().square().sum()) for part in d.split(rows))
 
