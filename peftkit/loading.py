@@ -54,7 +54,7 @@ def built(
         StorageError: a setting does not fit a site, or asks for far more than the file holds.
     """
     try:
-        with storage.Bounded(stored, sites):
+        with storage.bounded(stored, sites):
             return build(name, stored.config, sites, also, everything, trainable=trainable, new=False)
     except (ValueError, TypeError) as error:
         raise storage.StorageError(f"{stored.path}: {error}") from error

@@ -104,7 +104,7 @@ def _module(path: str, held: Mapping[str, Mapping[str, Tensor]], hints: Hints) -
     if last == "out_proj" and any(name in held.get(parent, {}) for name in _ATTENTION):
         return None  # the attention has made it
     weight = tensors.get("weight")
-    if weight is None:
+    if weight is None or not weight.numel():
         return None
     sizes: dict[str, Any] = {"device": "meta", "dtype": weight.dtype if weight.is_floating_point() else None}
     bias = "bias" in tensors

@@ -70,6 +70,8 @@ def read(
     made: dict[tuple[str, str], tuple[Tensor, str]] = {}
     for key, t in tensors.items():
         path, name = _placed(file, key)
+        if t.dim() != (1 if name == "lora_magnitude_vector" else 2) or not t.is_floating_point():
+            raise StorageError(f"{file}: {key} has the shape {tuple(t.shape)} and {t.dtype}, which no {name} has")
         if name != "lora_A.weight" and (count := heads.get(path.rpartition(".")[2])) is not None:
             try:
                 t = halves(t, count)

@@ -1,6 +1,6 @@
 """The directory that adapters are kept in: `adapter_config.json` and `adapter_model.safetensors`, as peft has them."""
 
-from peftkit.storage.bounded import Bounded
+from peftkit.storage.bounded import bounded
 from peftkit.storage.errors import StorageError
 from peftkit.storage.matching import fill, match, refuse_base
 from peftkit.storage.reader import Stored, read
@@ -8,10 +8,10 @@ from peftkit.storage.restoring import check_identity, identity, take_over
 from peftkit.storage.writer import Origin, save, stored_bytes
 
 __all__ = [
-    "Bounded",
     "Origin",
     "StorageError",
     "Stored",
+    "bounded",
     "check_identity",
     "fill",
     "identity",

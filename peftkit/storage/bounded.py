@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ _MAKE = {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.ran
 _MAKE_LIKE = {Tensor.new_empty, Tensor.new_zeros, Tensor.new_ones, Tensor.new_full}
 
 
-class Bounded(TorchFunctionMode):
+def bounded(stored: Stored, sites: Sequence[Site]) -> contextlib.AbstractContextManager[object]:
     """While it is entered, new tensors are refused that together are far larger than the file and the model's weights.
 
     A rank or a length is a number in a file; the adapter of 10⁹ rows that it may claim is made before its shapes can be
@@ -29,12 +30,30 @@ class Bounded(TorchFunctionMode):
     Raises:
         StorageError: from the call that would make a tensor.
     """
+    weights = [p for s in sites for p in s.module._parameters.values() if p is not None]
+    number = max(_numbers(vars(stored.config)), default=0)
+    side = max(number, max((n for w in weights for n in w.shape), default=0))
+    if number * side * len(sites) <= _ALWAYS:  # small whatever they mean: spare each call the question
+        return contextlib.nullcontext()
+    held = sum(t.numel() for t in (*stored.tensors.values(), *stored.of_all.values()))
+    return _Bounded(_ALWAYS + _TIMES * (held + max((w.numel() for w in weights), default=0)))
 
-    def __init__(self, stored: Stored, sites: Iterable[Site]):
+
+def _numbers(value: object) -> Iterator[int]:
+    if isinstance(value, int):
+        yield value
+    elif isinstance(value, Mapping):
+        for one in value.values():
+            yield from _numbers(one)
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        for one in value:
+            yield from _numbers(one)
+
+
+class _Bounded(TorchFunctionMode):
+    def __init__(self, left: int):
         super().__init__()
-        held = sum(t.numel() for t in (*stored.tensors.values(), *stored.of_all.values()))
-        weights = (p.numel() for s in sites for p in s.module._parameters.values() if p is not None)
-        self._left = _ALWAYS + _TIMES * (held + max(weights, default=0))
+        self._left = left
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None

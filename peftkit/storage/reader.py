@@ -84,7 +84,7 @@ def read(path: str | os.PathLike[str], *, name: str = "default") -> Stored:
         return _understood(folder, peft, found, own)
     except StorageError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError, re.error) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, re.error) as error:
         what = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise StorageError(f"{folder / layout.CONFIG}: {what}") from error
 
