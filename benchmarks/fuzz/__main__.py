@@ -63,7 +63,10 @@ def _run(name: str, seconds: int, corpus: Path) -> dict[str, Any]:
         **json.loads(report.read_text()),
     }
     report.unlink()
-    print(f"{name}: {row['executions']:,} in {seconds} s, {row['edges']:,} edges, {len(row['findings'])} findings", flush=True)
+    print(
+        f"{name}: {row['executions']:,} in {seconds} s, {row['edges']:,} edges, {len(row['findings'])} findings",
+        flush=True,
+    )
     return row
 
 

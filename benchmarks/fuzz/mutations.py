@@ -39,8 +39,9 @@ NUMBERS = (
     10**400, 0.5, -0.0, 1e-320, 1e308, float("inf"), float("-inf"), float("nan"), True, False,
 )  # fmt: skip
 TEXTS = (
-    "", "x", ".", "..", "../x", "/etc/passwd", "a/b", "\0", "\ud800", "\u202e", "é", "[", "(", "*", "^", "^0", "2", "float32",
-    "cuda", "nn", "all-linear", "__class__", "__init__", "training", "forward", "_modules", "peftkit", "weight", "lora_A.weight", "modules", "." * 3000, "a." * 3000 + "weight", "w" * 5000, "1" * 5000, "base_model.model.",
+    "", "x", ".", "..", "../x", "/etc/passwd", "a/b", "\0", "\ud800", "\u202e", "é", "[", "(", "*", "^", "^0", "2", "nn",
+    "float32", "cuda", "all-linear", "__class__", "__init__", "training", "forward", "modules", "_modules", "peftkit",
+    "weight", "lora_A.weight", "base_model.model.", "." * 3000, "a." * 3000 + "weight", "w" * 5000, "1" * 5000,
 )  # fmt: skip
 VALUES = (
     *NUMBERS, *TEXTS, None, [], {}, [[]], {"": {}}, [None], [0], [-1], ["0", "0"], ["0", 1], [10**12] * 3, {"0": 10**12},
@@ -143,13 +144,10 @@ def parts(raw: bytes) -> tuple[dict[str, Any], bytes] | None:
 
 def joined(header: Any, data: bytes, *, seal: bool = True) -> bytes:
     """The inverse, with the checksum made right where there is one."""
-    if not seal or not isinstance(header, dict) or not isinstance(header.get("__metadata__"), dict):
-        raw = json.dumps(header).encode()
-    elif DIGEST not in header["__metadata__"]:
-        raw = json.dumps(header).encode()
-    else:
-        blank = {**header, "__metadata__": {**header["__metadata__"], DIGEST: "0" * 32}}
-        raw = json.dumps(blank).encode()
+    raw = json.dumps(header).encode()
+    said = header.get("__metadata__") if isinstance(header, dict) else None
+    if seal and isinstance(said, dict) and DIGEST in said:
+        raw = json.dumps({**header, "__metadata__": {**said, DIGEST: "0" * 32}}).encode()
         digest = hashlib.blake2b(raw + data, digest_size=16).hexdigest()
         raw = raw.replace(b"0" * 32, digest.encode(), 1)
     return len(raw).to_bytes(8, "little") + raw + data
@@ -171,13 +169,18 @@ def _header(files: Files, name: str, draw: Draw) -> None:
         entry = dict(header[pick(draw, tensors)])
         shape = entry.get("shape")
         if isinstance(shape, list) and all(isinstance(n, int) for n in shape):
-            header[next(k for k in tensors if header[k].get("shape") == shape)] = {**entry, "shape": _shape(shape, draw)}
+            header[next(k for k in tensors if header[k].get("shape") == shape)] = {
+                **entry,
+                "shape": _shape(shape, draw),
+            }
     elif kind == 3:  # a tensor of no bytes, of whatever shape
         shape = [0, *(pick(draw, NUMBERS[:18]) for _ in range(draw(4)))]
         header[_name(draw, tensors)] = {"dtype": "F32", "shape": shape, "data_offsets": [len(data), len(data)]}
     elif kind == 4:  # one that is not finite, or other bytes
         at = draw(max(1, len(data) // 4)) * 4
-        data = data[:at] + pick(draw, (b"\0\0\x80\x7f", b"\xff\xff\xff\xff", b"\0\0\0\0", b"\0\0\0\x7f")) + data[at + 4 :]
+        data = (
+            data[:at] + pick(draw, (b"\0\0\x80\x7f", b"\xff\xff\xff\xff", b"\0\0\0\0", b"\0\0\0\x7f")) + data[at + 4 :]
+        )
     else:
         key = pick(draw, tensors)
         header[key] = changed(header[key], draw)
@@ -198,7 +201,16 @@ def _shape(shape: list[int], draw: Draw) -> list[int]:
     count = 1
     for n in shape:
         count *= n
-    options = [[count], [1, count], [count, 1], shape[::-1], [*shape, 1], [1, *shape], [1] * 70 + shape, [1] * 9 + shape]
+    options = [
+        [count],
+        [1, count],
+        [count, 1],
+        shape[::-1],
+        [*shape, 1],
+        [1, *shape],
+        [1] * 70 + shape,
+        [1] * 9 + shape,
+    ]
     return pick(draw, options)
 
 

@@ -51,7 +51,9 @@ def adapters() -> tuple[Seed, ...]:
         if case.name in ("conv2d", "embedding", "attention", "attention-three"):
             found += _on(f"lora-{case.name}", lora, case.name)
     rows = LoRAConfig(r=2, targets=["mid"], also_train={"embed": [3, 1]})
-    found += _on("lora-rows", rows, "embedding") + _on("lora-whole", LoRAConfig(r=2, targets="0", also_train=["2"]), "linear")
+    found += _on("lora-rows", rows, "embedding") + _on(
+        "lora-whole", LoRAConfig(r=2, targets="0", also_train=["2"]), "linear"
+    )
     return tuple(found)
 
 

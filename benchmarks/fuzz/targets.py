@@ -193,7 +193,9 @@ def _check_error(error: BaseException) -> None:
 
 def _check_left(before: dict[str, Any], after: dict[str, Any]) -> None:
     if before != after:
-        raise Finding(f"it failed, and left {sorted(k for k in before.keys() | after if before.get(k) != after.get(k))}")
+        raise Finding(
+            f"it failed, and left {sorted(k for k in before.keys() | after if before.get(k) != after.get(k))}"
+        )
 
 
 def _tree(folder: Path) -> dict[str, Any]:
@@ -233,14 +235,14 @@ def _alarm() -> Iterator[None]:
         raise _Hangs
 
     before = signal.signal(signal.SIGALRM, ring)
-    signal.alarm(3 * SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, 3 * SECONDS)
     try:
         yield
     except _Hangs as hangs:
         at = traceback.extract_tb(hangs.__traceback__)[-2]
         raise Finding(f"it hangs at {at.filename}:{at.lineno}") from None
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
 
 
