@@ -52,7 +52,8 @@ def skeleton(shapes: Mapping[str, tuple[torch.dtype, Sequence[int]]], hints: Hin
     """The modules whose parameters have these names, dtypes and shapes, on the meta device.
 
     Raises:
-        StorageError: a name that is a module and a tensor at once, that no module can have, or that lies deeper than modules do.
+        StorageError: a name that is a module and a tensor at once, that no module can have, or that lies deeper than modules
+            do.
     """
     held: dict[str, dict[str, Tensor]] = {}
     for key, (dtype, shape) in shapes.items():
