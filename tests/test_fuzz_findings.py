@@ -68,7 +68,11 @@ def test_what_is_no_file_is_not_waited_for(adapter, name, kind):
     (adapter / name).unlink()
     make = {"pipe": os.mkfifo, "device": lambda p: p.symlink_to("/dev/zero"), "folder": Path.mkdir}
     make[kind](adapter / name)
-    refused(adapter, name, "is a directory" if kind == "folder" else "is no regular file")
+    refused(
+        adapter,
+        name,
+        "cannot be read: it is a directory" if kind == "folder" else "cannot be read: it is no regular file",
+    )
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "model.safetensors.index.json"])

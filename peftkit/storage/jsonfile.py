@@ -20,15 +20,16 @@ def read_object(file: Path) -> dict[str, Any]:
         StorageError: it cannot be read, is no JSON or no object, or is larger than any such file.
     """
     try:
-        if (size := checked_file(file).st_size) > _LIMIT:
-            raise StorageError(f"{file} has {size:,} bytes, which no such file has")
-        found = parsed(file.read_bytes())
-    except StorageError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise StorageError(f"{file} is no JSON, it is truncated or damaged: {error}") from error
+        size = checked_file(file).st_size
+        raw = file.read_bytes() if size <= _LIMIT else b""
     except OSError as error:
         raise StorageError(f"{file} cannot be read: {error}") from error
+    if size > _LIMIT:
+        raise StorageError(f"{file} has {size:,} bytes, which no such file has")
+    try:
+        found = parsed(raw)
+    except (ValueError, RecursionError) as error:
+        raise StorageError(f"{file} is no JSON, it is truncated or damaged: {error}") from error
     if not isinstance(found, dict):
         raise StorageError(f"{file} holds a {type(found).__name__}, expected a JSON object")
     return found
@@ -51,10 +52,9 @@ def checked_file(file: Path) -> os.stat_result:
     """What is known of a file that is about to be opened.
 
     Raises:
-        StorageError: it is none but a pipe, a device or the like, which opening could wait for or reading never ends.
-        OSError: it is not there.
+        OSError: it is not there, or is a pipe, a device or the like, which opening could wait for or reading never ends.
     """
     found = file.stat()
     if not stat.S_ISREG(found.st_mode):
-        raise StorageError(f"{file} is {'a directory' if stat.S_ISDIR(found.st_mode) else 'no regular file'}")
+        raise OSError("it is a directory" if stat.S_ISDIR(found.st_mode) else "it is no regular file")
     return found
