@@ -166,6 +166,15 @@ def test_names_that_python_keeps_or_that_nest_without_end(adapter, base):
             verify(adapter, base)
 
 
+@pytest.mark.parametrize("name", ["../x", "/x", "x/../x", "x\0", "x" * 300, "."], ids=lambda n: n[:8])
+def test_an_index_that_names_no_file_beside_it(base, name):
+    file = f"{name}.safetensors"
+    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"0.weight": file}}))
+    (base.parent / "x.safetensors").write_bytes((base / "model.safetensors").read_bytes())
+    with pytest.raises(StorageError, match="is no safetensors file beside it|is not there"):
+        open_checkpoint(base)
+
+
 def test_weights_of_no_rows(tmp_path, base):
     model = nn.Sequential(nn.Conv2d(2, 4, 3))
     peftkit.save(trained(model, LoRAConfig(r=2, targets="0")), tmp_path / "a")

@@ -41,6 +41,7 @@ NUMBERS = (
 TEXTS = (
     "", "x", ".", "..", "../x", "/etc/passwd", "a/b", "\0", "\ud800", "\u202e", "é", "[", "(", "*", "^", "^0", "2", "nn",
     "float32", "cuda", "all-linear", "__class__", "__init__", "training", "forward", "modules", "_modules", "peftkit",
+    "../x.safetensors", "/x.safetensors", "x\0.safetensors", "w" * 300 + ".safetensors", ".safetensors",
     "weight", "lora_A.weight", "base_model.model.", "." * 3000, "a." * 3000 + "weight", "w" * 5000, "1" * 5000,
 )  # fmt: skip
 VALUES = (
