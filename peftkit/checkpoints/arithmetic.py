@@ -164,7 +164,7 @@ def _origin(read: Sequence[Stored]) -> Origin:
     """What all that say something say alike."""
 
     def common(key: str) -> str | None:
-        said = {stored.peft.get(key) for stored in read} - {None}
+        said = {found for stored in read if isinstance(found := stored.peft.get(key), str)}
         return said.pop() if len(said) == 1 else None
 
     bases = [stored.base for stored in read if stored.base is not None]

@@ -140,7 +140,7 @@ def _listed(folder: Path, name: str, index: Mapping[str, Any]) -> list[str]:
     for file in names:
         if Path(file).name != file or not file.endswith(".safetensors"):
             raise StorageError(f"{folder / name} names {file!r}, which is no safetensors file beside it")
-        if not (folder / file).is_file():
+        if not os.path.isfile(folder / file):  # pathlib's raises where a name is too long for any file
             raise StorageError(f"{folder / name} names {file}, which is not there; the download is not complete")
     return names
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftkit import api, building, leading, loading, storage
+from peftkit import api, leading, loading, storage
 from peftkit.checkpoints.files import Checkpoint
 from peftkit.checkpoints.skeleton import Hints, skeleton
 from peftkit.checkpoints.ties import check_ties
@@ -161,10 +161,7 @@ def _learn(hints: Hints, checkpoint: Checkpoint, adapters: Sequence[Stored], roo
     everything = walk(root)
     for stored in adapters:
         sites, also = storage.match(stored, everything, check_base=False)
-        try:
-            made = building.build("kinds", stored.config, sites, also, everything, trainable=False, new=False)
-        except ValueError as error:
-            raise StorageError(f"{stored.path}: {error}") from error
+        made = loading.built(stored, "kinds", sites, also, everything, trainable=False)
         for site in (s for s in sites if s.part is None and s.reader is None):
             tensors = stored.sites.get(layout.stem(site), {})
             shapes = made.adapters[site.name].stored_shapes()
@@ -176,7 +173,7 @@ def _learn(hints: Hints, checkpoint: Checkpoint, adapters: Sequence[Stored], roo
                     wrong.add(site.name)
             elif odd and len(odd[0]) > 2 and odd[0][0] == 1:  # one number for each input channel
                 hints.inputs[site.name] = odd[0][1]
-    family = checkpoint.config.get("model_type") in TRANSPOSED
+    family = str(checkpoint.config.get("model_type")) in TRANSPOSED
     if wrong or family or any(stored.peft.get("fan_in_fan_out") for stored in adapters):
         alike = _CONV1D | {name.rpartition(".")[2] for name in wrong}
         hints.transposed = wrong | {name for name in square if name.rpartition(".")[2] in alike}

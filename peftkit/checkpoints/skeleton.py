@@ -17,6 +17,7 @@ from peftkit.storage import StorageError, Stored, layout
 _EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 _CONVOLUTIONS: dict[int, Any] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
+_DEEPEST = 100  # modules in one another; what walks them recurses, a few frames for each
 _ATTENTION = ("in_proj_weight", "q_proj_weight")
 
 
@@ -51,10 +52,15 @@ def skeleton(shapes: Mapping[str, tuple[torch.dtype, Sequence[int]]], hints: Hin
     """The modules whose parameters have these names, dtypes and shapes, on the meta device.
 
     Raises:
-        StorageError: a name that is a module and a tensor at once.
+        StorageError: a name that is a module and a tensor at once, that no module can have, or that lies deeper than modules
+            do.
     """
     held: dict[str, dict[str, Tensor]] = {}
     for key, (dtype, shape) in shapes.items():
+        if key.count(".") > _DEEPEST:
+            raise StorageError(f"{key[:80]}… has {key.count('.')} dots, but no model nests its modules so deep")
+        if any(part.startswith("__") for part in key.split(".")):
+            raise StorageError(f"{key} is no name of a tensor: Python keeps names with two underscores for itself")
         path, _, name = key.rpartition(".")
         held.setdefault(path, {})[name] = torch.empty(tuple(shape), dtype=dtype, device="meta")
     root = _Holder()
@@ -99,7 +105,7 @@ def _module(path: str, held: Mapping[str, Mapping[str, Tensor]], hints: Hints) -
     if last == "out_proj" and any(name in held.get(parent, {}) for name in _ATTENTION):
         return None  # the attention has made it
     weight = tensors.get("weight")
-    if weight is None:
+    if weight is None or not weight.numel():
         return None
     sizes: dict[str, Any] = {"device": "meta", "dtype": weight.dtype if weight.is_floating_point() else None}
     bias = "bias" in tensors

@@ -54,6 +54,7 @@ _REFUSED = {
     "lambda_layer": "T-LoRA",
     **dict.fromkeys(("a1.weight", "a2.weight", "b1.weight", "b2.weight", "bm.weight"), "GLoRA"),
 }
+_LEAST = {"alpha": 0, "dora_scale": 1}  # dimensions; of all others 2
 _Module = dict[str, tuple[Tensor, str]]  # tensor's name -> the tensor and its full key
 
 
@@ -126,6 +127,8 @@ def _grouped(file: Path, tensors: Mapping[str, Tensor], prefix: str | None) -> d
             raise StorageError(f"{file}: {key} is of {_REFUSED[name]}, which is not supported")
         if name not in _KNOWN and name != "alpha":
             raise StorageError(f"{file}: unexpected {key}{nearest(name, [*_KNOWN, 'alpha'], has='known are')}")
+        if t.dim() < _LEAST.get(name, 2) or not t.numel() or t.is_complex():
+            raise StorageError(f"{file}: {key} has the shape {tuple(t.shape)} and {t.dtype}, which no {name} has")
         modules.setdefault((head, at), {})[name] = t, key
     if len(seen) > 1:
         raise StorageError(
@@ -146,6 +149,10 @@ def _path(file: Path, head: str, weights: Mapping[str, torch.Size], at: int) -> 
     ):  # the text encoder that the file was trained on may have had this prefix, and the base not, or vice versa
         bare = wanted.removeprefix(_TEXT_MODEL)
         found = [path for path, name in named.items() if name.removeprefix(_TEXT_MODEL) == bare]
+    if len(found) == 1 and (len(weights[found[0]]) < 2 or not weights[found[0]].numel()):
+        raise StorageError(
+            f"{file}: {head} means {found[0]!r}, whose weight of the shape {tuple(weights[found[0]])} is no matrix"
+        )
     if len(found) == 1:
         return found[0]
     if found:
@@ -212,7 +219,7 @@ def _lora(file: Path, modules: Mapping[str, _Module], weights: Mapping[str, torc
     for path, found in modules.items():
         a, b = _needed(file, found, "lora_down.weight"), _needed(file, found, "lora_up.weight")
         if "lora_mid.weight" in found:
-            a = _with_kernel(file, a, *found["lora_mid.weight"])
+            a = _with_kernel(file, a, *found["lora_mid.weight"], weights[path])
         a, b = _as_dimensioned(a, weights[path]), _as_dimensioned(b, weights[path])
         pairs[path] = a.shape[0], _alpha(file, found, a.shape[0])
         tensors[path, "lora_A.weight"] = a, found["lora_down.weight"][1]
@@ -241,12 +248,17 @@ def _as_dimensioned(t: Tensor, weight: torch.Size) -> Tensor:
     return t
 
 
-def _with_kernel(file: Path, down: Tensor, mid: Tensor, key: str) -> Tensor:
-    """A of the plain pair: the kernel of `mid` after `down`. mid: `(r r *kernel)`, down: `(r in *1)`."""
+def _with_kernel(file: Path, down: Tensor, mid: Tensor, key: str, weight: torch.Size) -> Tensor:
+    """A of the plain pair: the kernel of `mid` after `down`. mid: `(r r *kernel)`, down: `(r in *1)`.
+
+    The product is larger than both; what the base's weight has no place for is refused before.
+    """
     wide = torch.promote_types(torch.promote_types(down.dtype, mid.dtype), torch.float32)
-    if mid.dim() < 3 or mid.shape[1] != down.shape[0] or down[0].numel() != down.shape[1]:
+    fits = mid.shape[2:].numel() == weight[2:].numel() and down.shape[1] <= weight.numel()
+    if mid.dim() < 3 or mid.shape[1] != down.shape[0] or down[0].numel() != down.shape[1] or not fits:
         raise StorageError(
-            f"{file}: {key} has the shape {tuple(mid.shape)}, which does not fit a lora_down of {tuple(down.shape)}"
+            f"{file}: {key} has the shape {tuple(mid.shape)}, which does not fit a lora_down of {tuple(down.shape)} for a "
+            f"weight of {tuple(weight)}"
         )
     a = torch.einsum("ij...,jp->ip...", mid.double(), down.flatten(1).double())
     return a.to(wide)

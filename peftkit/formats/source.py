@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +88,7 @@ def names_in_pickle(file: Path) -> list[str]:
 
 
 def _loaded(file: Path) -> object:
+    _check_stored(file)
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged pickle leads to
@@ -103,4 +105,23 @@ def _unpickled(file: Path) -> dict[str, Tensor]:
     for key, value in found.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise StorageError(f"{file}: {key!r} is a {type(value).__name__}; expected tensors by their names")
+        if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized or value.is_nested:
+            raise StorageError(f"{file}: {key} is a {value.layout} on {value.device}; expected a plain tensor")
+        if value.dim() > 64 or value.nbytes > value.untyped_storage().nbytes():
+            raise StorageError(
+                f"{file}: {key} has the shape {tuple(value.shape)[:8]}, for which the file does not hold the numbers"
+            )
     return {key: t.detach() for key, t in found.items()}
+
+
+def _check_stored(file: Path) -> None:
+    """Refuse an archive that holds more than its bytes, packed or several times the same: torch writes none."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            held = sum(part.file_size for part in archive.infolist())
+    except (zipfile.BadZipFile, ValueError, NotImplementedError):
+        return  # of torch's old format, or damaged, which torch says
+    except OSError as error:
+        raise StorageError(f"{file} cannot be read: {error}") from error
+    if held > file.stat().st_size:
+        raise StorageError(f"{file} is packed: its {file.stat().st_size:,} bytes unpack to {held:,}; save it unpacked")

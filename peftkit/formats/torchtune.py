@@ -84,6 +84,8 @@ def read(
     made: dict[tuple[str, str], tuple[Tensor, str]] = {}
     for key, t in tensors.items():
         path, name = _placed(file, key)
+        if t.dim() != (1 if name == "lora_magnitude_vector" else 2) or not t.is_floating_point():
+            raise StorageError(f"{file}: {key} has the shape {tuple(t.shape)} and {t.dtype}, which no {name} has")
         if name != "lora_A.weight" and (count := heads.get(path.rpartition(".")[2])) is not None:
             try:
                 t = halves(t, count)
@@ -120,14 +122,20 @@ def _theirs(path: str) -> str:
 def _heads(file: Path, base: Mapping[str, Any]) -> dict[str, int]:
     """Number of heads by the projection whose rows are permuted."""
     kind = base.get("model_type")
-    if kind not in _ROTATES_NEIGHBOURS:
+    if not isinstance(kind, str) or kind not in _ROTATES_NEIGHBOURS:
         raise StorageError(
             f"{file}: the base's config.json says model_type={kind!r}; how torchtune orders the rows of q and k is "
             f"known for {', '.join(_ROTATES_NEIGHBOURS)}"
         )
-    heads = base.get("num_attention_heads")
-    if not isinstance(heads, int):
-        raise StorageError(f"{file}: the base's config.json has no num_attention_heads")
+    heads = _count(file, base, "num_attention_heads")
     if not _ROTATES_NEIGHBOURS[kind]:
         return {}
-    return {"q_proj": heads, "k_proj": base.get("num_key_value_heads") or heads}
+    own = base.get("num_key_value_heads")
+    return {"q_proj": heads, "k_proj": heads if own is None else _count(file, base, "num_key_value_heads")}
+
+
+def _count(file: Path, base: Mapping[str, Any], name: str) -> int:
+    found = base.get(name)
+    if type(found) is not int or found < 1:
+        raise StorageError(f"{file}: the base's config.json has {name}={found!r}, expected a number of heads")
+    return found

@@ -1,5 +1,6 @@
 """The directory that adapters are kept in: `adapter_config.json` and `adapter_model.safetensors`, as peft has them."""
 
+from peftkit.storage.allowance import bounded
 from peftkit.storage.errors import StorageError
 from peftkit.storage.matching import fill, match, refuse_base
 from peftkit.storage.reader import Stored, read
@@ -10,6 +11,7 @@ __all__ = [
     "Origin",
     "StorageError",
     "Stored",
+    "bounded",
     "check_identity",
     "fill",
     "identity",

@@ -68,7 +68,10 @@ def _rich(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     if "dtype" in value:
-        return getattr(torch, value["dtype"])
+        dtype = getattr(torch, value["dtype"], None)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"torch has no dtype {value['dtype']!r}")
+        return dtype
     if "regex" in value:
         return re.compile(value["regex"], value["flags"])
     return {_rich(k): _rich(v) for k, v in value["items"]}

@@ -25,6 +25,25 @@ def fingerprint(sites: Mapping[str, Site]) -> dict[str, Any]:
     return _written(_sample(sites))
 
 
+def checked_fingerprint(stored: object) -> dict[str, Any]:
+    """A fingerprint as it was read.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not isinstance(stored, dict):
+        raise ValueError(f"its sample of the base's weights is a {type(stored).__name__}")
+    try:
+        names, dtypes, _ = _parsed(stored)
+        for dtype in set(dtypes):
+            _eps(dtype)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"its sample of the base's weights cannot be read: {error!r}") from error
+    if len(dtypes) != len(names) or not all(isinstance(n, str) for n in names):
+        raise ValueError("its sample of the base's weights names other modules than it has dtypes for")
+    return stored
+
+
 def differing(stored: Mapping[str, Any], sites: Mapping[str, Site]) -> list[str]:
     """Names of sites whose weight is not the one that was stored; what either side could not sample is not compared."""
     return _apart(_parsed(stored), _sample(sites))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -17,6 +16,8 @@ from peftkit.method import Config, method_for
 from peftkit.storage import config as configs
 from peftkit.storage import layout, tensorfile
 from peftkit.storage.errors import StorageError
+from peftkit.storage.fingerprint import checked_fingerprint
+from peftkit.storage.jsonfile import parsed
 from peftkit.storage.tensorfile import TensorFile
 
 _ROWS = "token_adapter.trainable_tokens_delta"
@@ -83,7 +84,7 @@ def read(path: str | os.PathLike[str], *, name: str = "default") -> Stored:
         return _understood(folder, peft, found, own)
     except StorageError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError, re.error) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, re.error) as error:
         what = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise StorageError(f"{folder / layout.CONFIG}: {what}") from error
 
@@ -125,7 +126,7 @@ def _own(folder: Path, found: TensorFile, peft: Mapping[str, Any]) -> dict[str, 
             f"{file} is damaged, or was changed by another program: its checksum is not that of its bytes"
             f"{f', and {wrong} has values that are not finite' if wrong else ''}; restore it, or save the adapter again"
         )
-    own = json.loads(text)
+    own = parsed(text.encode())
     if own["version"] != 1:
         raise StorageError(
             f"{file} was written by a later peftkit, in version {own['version']} of its format; update peftkit"
@@ -163,8 +164,10 @@ def _understood(folder: Path, peft: dict[str, Any], found: TensorFile, own: dict
         listed = listed + [p for p in resized if p.endswith(_EMBEDDINGS) and not any(p.endswith(m) for m in listed)]
     else:
         config = configs.from_json(method, own["config"])
-    base = own["base"] if own is not None else None
+    base = checked_fingerprint(own["base"]) if own is not None else None
     names = own.get("sites") if own is not None else None
+    if names is not None and not (isinstance(names, list) and all(isinstance(n, str) for n in names)):
+        raise TypeError(f"its sites are {names!r}, expected names of modules")
     means = layout.peft_targets(peft)
     return Stored(folder, config, peft, tensors, sites, listed, rows, frozen, base, means, whole_tensors, names)
 

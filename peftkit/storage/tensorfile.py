@@ -21,11 +21,13 @@ import torch
 from torch import Tensor
 
 from peftkit.storage.errors import StorageError
+from peftkit.storage.jsonfile import checked_file, parsed
 
 DIGEST = "peftkit_digest"  # the key of the checksum in the metadata
 _BLANK = "0" * 32  # what stands for its digits while they are computed
 _HEADER_LIMIT = 100_000_000  # the safetensors package's own
 _BATCH_BYTES = 4 << 20
+_DIMENSIONS = 64  # as many as torch computes with
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -199,6 +201,7 @@ def read_header(path: Path) -> Header:
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
     try:
+        checked_file(path)
         with path.open("rb") as file:
             yield file
     except StorageError as error:
@@ -215,7 +218,7 @@ def _header(file: BinaryIO) -> Header:
         raise StorageError(f"a file of {total} bytes cannot have a header of {length}")
     raw = file.read(length)
     try:
-        header = json.loads(raw)
+        header = parsed(raw)
     except (ValueError, RecursionError) as error:
         raise StorageError(f"its header is no JSON: {error}") from None
     if not isinstance(header, dict):
@@ -254,8 +257,12 @@ def _entry(key: str, value: object) -> Entry:
         raise StorageError(f"{key} has the unknown dtype {value['dtype']!r}")
     if not isinstance(shape, list) or not isinstance(span, list) or len(span) != 2:
         raise StorageError(f"{key} has the shape {shape!r} at {span!r}")
+    if len(shape) > _DIMENSIONS:
+        raise StorageError(f"{key} has {len(shape)} dimensions, expected at most {_DIMENSIONS}")
     if not all(type(n) is int and 0 <= n < 2**63 for n in (*shape, *span)):
         raise StorageError(f"{key} has the shape {shape!r} at {span!r}, expected whole numbers of at least 0")
+    if math.prod(filter(None, shape)) * dtype.itemsize >= 2**63:  # though a 0 leaves no number: torch counts strides
+        raise StorageError(f"{key} has the shape {shape!r}, which is larger than any tensor can be")
     if span[1] - span[0] != math.prod(shape) * dtype.itemsize:
         raise StorageError(f"{key} of shape {shape} and {dtype} takes {span[1] - span[0]} bytes")
     return Entry(key, dtype, shape, span[0], span[1])
