@@ -141,6 +141,8 @@ def bert() -> nn.Module:
                 num_attention_heads=2,
                 vocab_size=31,
                 max_position_embeddings=32,
+                hidden_dropout_prob=0.0,
+                attention_probs_dropout_prob=0.0,
             ),
             add_pooling_layer=False,
         )
@@ -151,7 +153,8 @@ def gpt2() -> nn.Module:
     """A decoder whose weights are `(in, out)`."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    return drawn(GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=31, n_positions=32)))
+    sizes: dict[str, Any] = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 31, "n_positions": 32}
+    return drawn(GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)))
 
 
 def convolutions() -> nn.Module:
