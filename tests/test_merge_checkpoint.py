@@ -498,10 +498,10 @@ def test_an_index_that_lies(tmp_path, base, adapter):
 
 
 def test_where_it_is_not_written(tmp_path, base, adapter):
-    with pytest.raises(StorageError, match="which is read"):
+    with pytest.raises(StorageError, match="is read"):
         peftkit.merge_checkpoint(base, adapter, base, overwrite=True)
     for inside in (base / "merged", base.parent, adapter, adapter / "merged"):
-        with pytest.raises(StorageError, match=r"which is read; write to a directory beside it"):
+        with pytest.raises(StorageError, match=r"is read; write to a directory beside it"):
             peftkit.merge_checkpoint(base, adapter, inside, overwrite=True)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("x")

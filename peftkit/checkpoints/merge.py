@@ -156,8 +156,12 @@ def _check_apart(out: Path, inputs: Sequence[Path]) -> None:
     for path in inputs:
         read = Path(os.path.realpath(path))
         if target == read or target in read.parents or read in target.parents:
-            how = "is" if target == read else "lies in" if read in target.parents else "holds"
-            raise StorageError(f"{out} {how} {path}, which is read; write to a directory beside it")
+            how = (
+                "itself is read"
+                if target == read
+                else f"{'lies in' if read in target.parents else 'holds'} {path}, which is read"
+            )
+            raise StorageError(f"{out} {how}; write to a directory beside it")
 
 
 # -- what is to be written -----------------------------------------------------------------------------------------------
