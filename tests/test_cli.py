@@ -155,7 +155,7 @@ MISTAKES = [
     ("merge base adapter out --dtype float7", "'float7' is none"),
     ("merge base adapter out --dtype int8", "16 bits or more"),
     ("merge base adapter other", "is there already"),
-    ("combine adapter sum --how average", "how: one of"),
+    ("combine adapter sum --how average", "how: expected one of"),
     ("combine adapter sum --how svd --rank big", "rank: a number or 'full'"),
     ("extract base nowhere out", "nowhere is not there"),
     ("extract base base out", "do not differ at any of 14 targets"),
