@@ -166,6 +166,13 @@ def test_names_that_python_keeps_or_that_nest_without_end(adapter, base):
             verify(adapter, base)
 
 
+@pytest.mark.parametrize("key", ["0.weight.weight", "0.bias.x", "0.weight.a.b"])
+def test_a_tensor_with_tensors_in_it(adapter, base, key):
+    save_file({**load_file(base / "model.safetensors"), key: torch.ones(2, 2)}, base / "model.safetensors")
+    with pytest.raises(StorageError, match="is a tensor and has tensors in it"):
+        verify(adapter, base)
+
+
 @pytest.mark.parametrize("name", ["../x", "/x", "x/../x", "x\0", "x" * 300, "."], ids=lambda n: n[:8])
 def test_an_index_that_names_no_file_beside_it(base, name):
     file = f"{name}.safetensors"

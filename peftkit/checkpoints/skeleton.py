@@ -69,6 +69,11 @@ def skeleton(shapes: Mapping[str, tuple[torch.dtype, Sequence[int]]], hints: Hin
     return root
 
 
+def _check_free(parent: nn.Module, name: str, path: str) -> None:
+    if name in parent._parameters or name in parent._buffers:
+        raise StorageError(f"{path}: its {name} is a tensor and has tensors in it, which no module has")
+
+
 class _Holder(nn.Module):
     """Of a kind that nobody asks for."""
 
@@ -77,7 +82,9 @@ def _hang(root: nn.Module, path: str, made: nn.Module | None, tensors: Mapping[s
     parent: Any = root
     *above, last = path.split(".")
     for name in above:
+        _check_free(parent, name, path)
         parent = parent._modules.setdefault(name, _Holder())
+    _check_free(parent, last, path)
     there = parent._modules.get(last)
     module: Any = made or there or _Holder()
     if not path:
