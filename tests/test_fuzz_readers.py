@@ -17,8 +17,7 @@ from hypothesis import strategies as st
 from benchmarks.fuzz import targets
 from benchmarks.fuzz.__main__ import NAMES
 from benchmarks.fuzz.mutations import joined, parts
-from benchmarks.fuzz.seeds import adapters
-from peftkit.method import registered
+from benchmarks.fuzz.seeds import adapters, own_methods
 from peftkit.storage import layout
 
 QUIET = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None}
@@ -47,9 +46,9 @@ def test_a_reader_for_longer(name, data):
 def test_every_method_has_a_seed_and_every_seed_is_read():
     """Undamaged, or the rest would test refusals alone."""
     assert set(targets.TARGETS) == set(NAMES)
-    assert {s.name.partition("-")[0] for s in adapters()} >= {n for n, m in registered().items() if "sketch" not in n}
+    assert {s.name.partition("-")[0] for s in adapters()} >= {n for n, _ in own_methods()}
     for seed in adapters():
-        if seed.name.endswith("-own") or any(seed.name.startswith(n) for n, m in registered().items() if m.peft_reads):
+        if seed.name.endswith("-own") or any(seed.name.startswith(n) for n, m in own_methods() if m.peft_reads):
 
             def whole(draw, folder, seed=seed):
                 targets.lay(folder / "adapter", seed.adapter)

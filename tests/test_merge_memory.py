@@ -76,4 +76,4 @@ def test_it_is_bounded_by_the_largest_tensor(tmp_path, config, dtype, weight):
         [sys.executable, "-c", CODE.format(**paths, dtype=dtype)], capture_output=True, text=True, check=True
     )
     tensor = SIDE * SIDE * 4
-    assert tensor < int(done.stdout) < 6 * tensor + 4 * own, f"{int(done.stdout) / tensor:.2f} tensors"
+    assert tensor < int(done.stdout) < 8 * tensor + 4 * own, f"{int(done.stdout) / tensor:.2f} tensors"

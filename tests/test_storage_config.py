@@ -152,7 +152,7 @@ def test_kinds_and_values_that_make_no_sense(foreign, key, value):
 
 def test_an_unknown_method_names_the_nearest(foreign):
     set_config(foreign, peft_type="LORRA")
-    refused(foreign, CONFIG, "'LORRA'", "'LORA'")
+    refused(foreign, CONFIG, "'LORRA'", "LORA")
 
 
 @pytest.mark.parametrize(

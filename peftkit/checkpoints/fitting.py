@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftkit import api, leading, loading, storage
+from peftkit import api, leading, ledger, loading, storage
+from peftkit.also_train import InPlace
 from peftkit.checkpoints.files import Checkpoint
 from peftkit.checkpoints.skeleton import Hints, skeleton
 from peftkit.checkpoints.ties import check_ties
-from peftkit.sites import walk
+from peftkit.sites import Site, walk
 from peftkit.storage import StorageError, Stored, layout
-from peftkit.storage.fingerprint import differing
+from peftkit.storage.fingerprint import differing, fingerprint, joined
 
 _CONV1D = {"c_attn", "c_proj", "c_fc", "q_attn"}  # what transformers' models call their Conv1Ds, all of them
 TRANSPOSED = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}  # model types whose blocks are of Conv1D
@@ -203,18 +205,36 @@ def _look_at_base(
     A site at a time: each tensor that is mapped is an open file, and whole pages come with a few numbers.
     """
     started = stored.base is None and getattr(stored.config, "init", None) in leading.INITS
+    compared = check_base and stored.base is not None
     wrong = []
-    for site in storage.match(stored, walk(root), check_base=False)[0]:
-        own = {site.full_name(n): k for n in site.module._parameters if (k := named.get(site.full_name(n))) is not None}
-        if not (started or (check_base and stored.base is not None)):
-            continue
-        for name, key in own.items():
-            put(root, name, checkpoint.tensor(key))
-        if check_base and stored.base is not None:
-            wrong += differing(stored.base, {site.name: site})
-        for name, key in own.items() if not started else ():
-            put(root, name, stand_in(checkpoint.dtype(key), checkpoint.shape(key)))
+    for site in storage.match(stored, walk(root), check_base=False)[0] if started or compared else ():
+        with _weights(checkpoint, root, site, named, kept=started):
+            wrong += differing(stored.base, {site.name: site}) if compared and stored.base is not None else []
     storage.refuse_base(stored, wrong)
+
+
+@contextlib.contextmanager
+def _weights(
+    checkpoint: Checkpoint, root: nn.Module, site: Site, named: Mapping[str, str], *, kept: bool = False
+) -> Iterator[None]:
+    """Within the block, or longer if `kept`, the module at a site has its own weights, mapped."""
+    own = {site.full_name(n): k for n in site.module._parameters if (k := named.get(site.full_name(n))) is not None}
+    for name, key in own.items():
+        put(root, name, checkpoint.tensor(key))
+    yield
+    for name, key in own.items() if not kept else ():
+        put(root, name, stand_in(checkpoint.dtype(key), checkpoint.shape(key)))
+
+
+def sampled(checkpoint: Checkpoint, fitted: Fitted, name: str) -> dict[str, Any]:
+    """The fingerprint of the base under the adapter `name`."""
+    (attachment,) = ledger.require(fitted.root)[1].named([name])
+    prints = []
+    for where, site in attachment.sites.items():
+        if not (isinstance(adapter := attachment.adapters[where], InPlace) or adapter.beside):
+            with _weights(checkpoint, fitted.root, site, fitted.keys):
+                prints.append(fingerprint({where: site}))
+    return joined(prints)
 
 
 def put(root: nn.Module, name: str, value: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ def merge_checkpoint(
     `W + Σ wᵢ ΔWᵢ(W)`, in fp32 or wider. Tokenizer, config and other small files are copied. At every moment `out` is what
     it was or whole; where the writing stops in its middle, the same call goes on from there, if no file has changed.
 
-    Memory: the adapters, and at most six times the largest tensor.
+    Memory: the adapters, and at most eight times the largest tensor.
 
     Args:
         base: directory of a model's safetensors, one file or several with an index.

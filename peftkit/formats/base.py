@@ -13,7 +13,7 @@ from torch import nn
 
 from peftkit import ledger, loading
 from peftkit.checkpoints.files import Checkpoint, open_checkpoint
-from peftkit.checkpoints.fitting import fit
+from peftkit.checkpoints.fitting import fit, sampled
 from peftkit.ledger import Attachment
 from peftkit.sites import walk
 from peftkit.storage import StorageError, Stored
@@ -66,18 +66,20 @@ class Base:
         shapes = {key.removeprefix(former): self._checkpoint.shape(key) for key in self._checkpoint.places}
         return {key[: -len(".weight")]: shape for key, shape in shapes.items() if key.endswith(".weight")}
 
-    def attached(self, stored: Stored, *, check_base: bool) -> tuple[nn.Module, Attachment]:
-        """The adapter as one of this model, and what stands for the model.
+    def attached(self, stored: Stored, *, check_base: bool) -> tuple[nn.Module, Attachment, Mapping[str, Any] | None]:
+        """What stands for the model, the adapter on it, and where that has not its weights, their fingerprint.
 
         Raises:
             StorageError: it does not fit.
         """
         if self.module is not None:
             everything = walk(self.module)
-            return self.module, loading.made(stored, _NAME, everything, trainable=False, check_base=check_base)
+            made = loading.made(stored, _NAME, everything, trainable=False, check_base=check_base)
+            return self.module, made, None
         fitted = fit(self._checkpoint, [stored], check_base=check_base)
         _, record = ledger.require(fitted.root)
-        return fitted.root, record.named(fitted.names)[0]
+        base = sampled(self._checkpoint, fitted, fitted.names[0])
+        return fitted.root, record.named(fitted.names)[0], base
 
     @functools.cached_property
     def _checkpoint(self) -> Checkpoint:

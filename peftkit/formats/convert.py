@@ -64,8 +64,8 @@ def convert(
         if to == "gguf":
             gguf.write(adapter, Path(out), model.config, dtype or torch.float32)
         else:
-            root, attachment = model.attached(adapter.stored, check_base=check_base)
-            storage.save(root, attachment, out)
+            root, attachment, sample = model.attached(adapter.stored, check_base=check_base)
+            storage.save(root, attachment, out, base=sample)
     except StorageError as error:
         raise StorageError(adapter.in_its_own_words(str(error))) from error
 

@@ -99,8 +99,15 @@ def _settings(config: Config) -> list[str]:
 
 
 def _short(value: Any) -> str:
-    said = repr(value)
+    said = repr(_as_lists(value))
     return said if len(said) <= _LONG else said[: _LONG - 1] + "…"
+
+
+def _as_lists(value: Any) -> Any:
+    """What is a list when it is given is a tuple when it was read."""
+    if isinstance(value, Mapping):
+        return {key: _as_lists(one) for key, one in value.items()}
+    return [_as_lists(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def _modules(names: Sequence[str]) -> str:

@@ -38,12 +38,18 @@ class Origin:
 
 
 def save(
-    model: nn.Module, attachment: Attachment, path: str | os.PathLike[str], *, origin: Origin | None = None
+    model: nn.Module,
+    attachment: Attachment,
+    path: str | os.PathLike[str],
+    *,
+    origin: Origin | None = None,
+    base: Mapping[str, Any] | None = None,
 ) -> None:
     """Write `attachment` of `model` to the directory `path`, replacing the adapter that is there.
 
     Args:
         origin: for a skeleton; modules are then named in full, since others of the same ends may not be in it.
+        base: the fingerprint, for a skeleton that has all modules of its base and stand-ins for its weights.
 
     Raises:
         StorageError: an adapted module is not in the model any more, a value is not finite or on the meta device, the
@@ -51,14 +57,16 @@ def save(
     """
     adapted = _adapted(attachment)
     tensors, own, peft = _content(model, attachment, adapted, origin)
+    if base is not None:
+        own["base"] = dict(base)
     reads = attachment.config.peft_reads and peft["peft_type"] == attachment.config.peft_type
     with replacing(Path(path)) as fresh:
         tensorfile.write(fresh / layout.TENSORS, tensors, _metadata(own))
         (fresh / layout.CONFIG).write_text(json.dumps(peft, indent=2, sort_keys=True) + "\n", "utf-8")
         if _is_ours(Path(path) / layout.README):
-            base, sampled = peft["base_model_name_or_path"], len(own["base"]["names"])
-            whole = model if origin is None else None
-            said = card.text(whole, attachment, adapted, tensors, base=base, sampled=sampled, peft_reads=reads)
+            named, sampled = peft["base_model_name_or_path"], len(own["base"]["names"])
+            whole = model if origin is None and base is None else None
+            said = card.text(whole, attachment, adapted, tensors, base=named, sampled=sampled, peft_reads=reads)
             (fresh / layout.README).write_text(said, "utf-8")
 
 
