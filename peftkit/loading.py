@@ -56,5 +56,5 @@ def built(
     try:
         with storage.bounded(stored, sites):
             return build(name, stored.config, sites, also, everything, trainable=trainable, new=False)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:  # whatever settings are of
         raise storage.StorageError(f"{stored.path}: {error}") from error

@@ -22,6 +22,7 @@ from benchmarks.fuzz.mutations import joined, parts
 from benchmarks.fuzz.seeds import adapters
 from benchmarks.fuzz.targets import lay
 from peftkit import LoRAConfig, StorageError, VeRAConfig, storage
+from peftkit.checkpoints import lowrank
 from peftkit.checkpoints.files import open_checkpoint
 from peftkit.checkpoints.inspection import inspect
 from peftkit.checkpoints.verification import verify
@@ -77,9 +78,7 @@ def test_what_is_no_file_is_not_waited_for(adapter, name, kind):
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "model.safetensors.index.json"])
 def test_nor_in_a_checkpoint(base, name):
-    (base / name).unlink(missing_ok=True)
-    if name.endswith("index.json"):
-        (base / "model.safetensors").unlink()
+    (base / ("config.json" if name == "config.json" else "model.safetensors")).unlink()
     os.mkfifo(base / name)
     with pytest.raises(StorageError, match="no regular file|has no safetensors"):
         open_checkpoint(base)
@@ -129,7 +128,30 @@ def test_a_setting_that_is_none(adapter, setting):
     refused(adapter, CONFIG)
 
 
-@pytest.mark.parametrize("sites", [3, [3], "0"])
+@pytest.mark.parametrize("seed", [{"items": []}, 2**64, 0.5, True], ids=str)
+def test_a_seed_that_no_generator_takes(tmp_path, seed):
+    model = small()
+    peftkit.inject(model, VeRAConfig(r=2, targets="all-linear", save_projection=False))
+    peftkit.save(model, tmp_path)
+    own(tmp_path, config={"seed": seed})
+    refused(tmp_path, "an integer that fits 64 bits")
+
+
+def test_numbers_whose_change_cannot_be_decomposed():
+    with pytest.raises(StorageError, match="no singular values that can be computed"):
+        lowrank.of_matrix(torch.full((3, 3), float("inf")), 1)
+
+
+@pytest.mark.parametrize("alpha", [10**400, float("inf"), float("nan"), True, None])
+def test_an_alpha_that_is_no_number(tmp_path, base, alpha):
+    torch.save({"layers.0.attn.q_proj.lora_a.weight": torch.ones(2, 6)}, tmp_path / "adapter_0.pt")
+    (tmp_path / CONFIG).write_text(json.dumps({"lora_alpha": alpha}))
+    (base / "config.json").write_text(json.dumps({"model_type": "llama", "num_attention_heads": 2}))
+    with pytest.raises(StorageError, match="lora_alpha"):
+        peftkit.convert(tmp_path / "adapter_0.pt", tmp_path / "out", base=base)
+
+
+@pytest.mark.parametrize("sites", [3, [3], "0", []])
 def test_sites_that_are_no_names(adapter, sites):
     own(adapter, sites=sites)
     refused(adapter, "expected names of modules")

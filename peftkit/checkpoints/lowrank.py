@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from peftkit.checkpoints.blockwise import square_norm
+from peftkit.storage import StorageError
 
 _MORE = 8  # columns beyond the rank that a randomised decomposition draws
 
@@ -37,7 +38,7 @@ def of_product(b: Tensor, a: Tensor, r: int | None) -> Truncated:
     """
     left, upper = torch.linalg.qr(b)
     right, lower = torch.linalg.qr(a.mT)
-    u, sigma, vh = torch.linalg.svd(upper @ lower.mT, full_matrices=False)
+    u, sigma, vh = _decomposed(upper @ lower.mT)
     r = len(sigma) if r is None else min(r, len(sigma))
     lost = float(sigma[r:].double().square().sum())
     return _pair(left @ u[:, :r], sigma[:r], vh[:r] @ right.mT, float(sigma.double().square().sum()), lost)
@@ -55,7 +56,7 @@ def of_matrix(d: Tensor, r: int | None, *, iterations: int | None = None, seed: 
     limit = min(d.shape)
     r = limit if r is None else min(r, limit)
     if iterations is None or r + _MORE >= limit:
-        u, sigma, vh = torch.linalg.svd(d, full_matrices=False)
+        u, sigma, vh = _decomposed(d)
         squares = sigma.double().square()
         return _pair(u[:, :r], sigma[:r], vh[:r], float(squares.sum()), float(squares[r:].sum()))
     with torch.random.fork_rng(devices=[]):
@@ -64,6 +65,21 @@ def of_matrix(d: Tensor, r: int | None, *, iterations: int | None = None, seed: 
     whole = square_norm(d)
     found = _pair(u[:, :r], sigma[:r], v[:, :r].mT, whole, 0.0)
     return found._replace(lost=square_norm(d.addmm_(found.b, found.a, alpha=-1)))
+
+
+def _decomposed(d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`U, Σ, Vᴴ`.
+
+    Raises:
+        StorageError: LAPACK finds no singular values, as where numbers are near the end of their range.
+    """
+    try:
+        return torch.linalg.svd(d, full_matrices=False)
+    except torch.linalg.LinAlgError as error:
+        raise StorageError(
+            f"a change of the shape {tuple(d.shape)}, with numbers up to {float(d.abs().max()):.3g}, has no singular values "
+            f"that can be computed: {error}"
+        ) from error
 
 
 def check_iterations(iterations: int | None) -> None:

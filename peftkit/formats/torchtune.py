@@ -8,6 +8,7 @@ Its `adapter_config.json` has the rank and alpha; the tensors are in `adapter_mo
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,8 +75,8 @@ def read(
     """
     heads = _heads(file, base)
     own = (settings or {}).get("lora_alpha")
-    if not isinstance(own, int | float):
-        own = None
+    if own is not None and not (type(own) in (int, float) and abs(own) <= sys.float_info.max):
+        raise StorageError(f"{file}: adapter_config.json beside it says lora_alpha={str(own)[:40]}, expected a number")
     if alpha is not None and own is not None:
         raise ValueError(f"alpha={alpha!r} has no use: adapter_config.json beside {file} says lora_alpha={own}")
     scale = alpha if own is None else own

@@ -44,7 +44,8 @@ class VeRAConfig(Config, method="vera", peft_type="VERA"):
             computed in the base's dtype.
 
     Raises:
-        ValueError: a rank below 1, a dropout outside [0, 1), a `d_initial` that is zero or no finite number.
+        ValueError: a rank below 1, a dropout outside [0, 1), a `d_initial` that is zero or no finite number, a seed that
+            no generator takes.
     """
 
     r: int = 256
@@ -61,6 +62,8 @@ class VeRAConfig(Config, method="vera", peft_type="VERA"):
         super().__post_init__()
         pairs.check_settings(self.r, None, self.dropout)
         check_dtype(self.dtype)
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not -(2**63) <= self.seed < 2**64:
+            raise ValueError(f"seed: an integer that fits 64 bits, as torch's generators take, not {self.seed!r}")
         if not math.isfinite(self.d_initial) or self.d_initial == 0:
             raise ValueError(f"d_initial: a finite number other than 0, not {self.d_initial!r}; with 0 b never learns")
 

@@ -166,7 +166,7 @@ def _understood(folder: Path, peft: dict[str, Any], found: TensorFile, own: dict
         config = configs.from_json(method, own["config"])
     base = checked_fingerprint(own["base"]) if own is not None else None
     names = own.get("sites") if own is not None else None
-    if names is not None and not (isinstance(names, list) and all(isinstance(n, str) for n in names)):
+    if names is not None and not (isinstance(names, list) and names and all(isinstance(n, str) for n in names)):
         raise TypeError(f"its sites are {names!r}, expected names of modules")
     means = layout.peft_targets(peft)
     return Stored(folder, config, peft, tensors, sites, listed, rows, frozen, base, means, whole_tensors, names)
