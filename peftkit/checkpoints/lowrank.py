@@ -75,7 +75,7 @@ def _decomposed(d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     try:
         return torch.linalg.svd(d, full_matrices=False)
-    except torch._C._LinAlgError as error:
+    except RuntimeError as error:  # LinAlgError is one, and is not exported
         raise StorageError(
             f"a change of the shape {tuple(d.shape)}, with numbers up to {float(d.abs().max()):.3g}, has no singular values "
             f"that can be computed: {error}"
